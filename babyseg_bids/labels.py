@@ -12,9 +12,9 @@ import numpy as np
 
 TISSUES = ('white-matter', 'cortex', 'deep-grey', 'ventricle', 'cerebellum', 'brainstem')
 
-# Labels of the training sources that are folded into the table (FreeSurfer numbers). 172, the
-# vermis, goes to the nearer cerebellar half and is therefore handled where the geometry is known.
-MERGED = {5: 4, 44: 43, 31: 4, 63: 43, 7: 8, 46: 47, 77: 2}
+# Labels of the training sources that are folded into the table (FreeSurfer numbers). Those without
+# a side, the vermis (172) and white-matter hypointensities (77), need the geometry to get one.
+MERGED = {5: 4, 44: 43, 31: 4, 63: 43, 7: 8, 46: 47}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,49 @@
+# syntax=docker/dockerfile:1
+#
+#   docker build -t babyseg .
+#   docker build -t babyseg:cuda --build-arg TORCH=cuda .
+#   docker run --rm -u "$(id -u):$(id -g)" --network none \
+#       -v /data:/data:ro -v /out:/out -v /scratch:/scratch \
+#       babyseg /data /out participant -w /scratch
+
+ARG BASE_IMAGE=python:3.11-slim
+
+FROM ${BASE_IMAGE} AS build
+# cpu or cuda. The CUDA libraries come with torch; the base image needs none, the host a driver.
+ARG TORCH=cpu
+# Where the CPU build of torch comes from if pip's own index has none.
+ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+RUN python3 -m venv /opt/babyseg
+WORKDIR /src
+# The dependencies come first: a change of the source alone leaves this layer as it is.
+COPY requirements/ requirements/
+RUN sh requirements/install.sh /opt/babyseg/bin/python "${TORCH}" requirements/lock.txt
+COPY setup.cfg pyproject.toml README.md LICENSE ./
+COPY babyseg_bids/ babyseg_bids/
+COPY workflows/ workflows/
+COPY synthesis/ synthesis/
+# pip compiles what it installs, which matters because nobody may write there later.
+RUN /opt/babyseg/bin/python -m pip install --no-deps --no-build-isolation . \
+    && chmod -R a+rX /opt/babyseg
+
+FROM ${BASE_IMAGE}
+ARG VERSION=0.1.0
+LABEL org.opencontainers.image.title="babyseg" \
+      org.opencontainers.image.description="Segmentation of infant brain MRI as a BIDS App" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.licenses="Apache-2.0"
+COPY --from=build /opt/babyseg /opt/babyseg
+# HOME may be unset or unwritable: nothing of babyseg depends on it. NO_ET silences the version
+# check of nipype.
+ENV PATH=/opt/babyseg/bin:$PATH \
+    LC_ALL=C.UTF-8 \
+    NO_ET=1 \
+    MPLBACKEND=Agg \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONNOUSERSITE=1 \
+    PYTHONUNBUFFERED=1
+# The image is complete only if the program starts as nobody, without a home.
+RUN HOME=/nonexistent setpriv --reuid 65534 --clear-groups babyseg --version
+WORKDIR /tmp
+ENTRYPOINT ["babyseg"]

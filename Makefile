@@ -1,0 +1,103 @@
+# Every target sets itself up: it makes .venv from the lock files on first use, and only then.
+#
+#   make demo                           example data in, derivatives out, under .demo/
+#   make run BIDS=in OUT=out ARGS='…'   babyseg on your own dataset
+#   make test                           the whole test suite
+#   make lint | format | docs | lock | clean | clean-all
+#
+# Variables: PYTHON=python3.11  TORCH=cpu|cuda  VENV=.venv  DEMO=.demo  WORKERS=2  LEVEL=participant
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= .demo
+WORKERS ?= 2
+LEVEL ?= participant
+
+bin := $(VENV)/bin
+stamps := $(VENV)/.stamps
+# What was installed last stays in use until another flavour is asked for.
+TORCH ?= $(or $(patsubst run-%,%,$(notdir $(wildcard $(stamps)/run-*))),cpu)
+installed := $(stamps)/run-$(TORCH)
+installed_test := $(stamps)/test
+installed_docs := $(stamps)/docs
+torch_pin := $(patsubst torch==%,%,$(shell grep '^torch==' requirements/lock.txt))
+
+# The modules that know nothing of Nipype and torch; types are checked there.
+typed := $(addprefix babyseg_bids/,$(addsuffix .py, \
+    errors files labels longitudinal messages morphometry preflight qc records resources \
+    settings tables)) $(wildcard babyseg_bids/age*.py babyseg_bids/discovery*.py)
+sources := babyseg_bids workflows synthesis tests benchmarks
+
+.PHONY: help demo run test lint format docs lock clean clean-all install
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help:
+	@awk '!/^#/ {exit} {sub(/^# ?/, ""); print}' Makefile
+
+install: $(installed)
+
+$(bin)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	    { echo 'babyseg needs Python 3.11, 3.12 or 3.13: make … PYTHON=python3.11' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp a flavour of torch: asking for the other one installs it over the first.
+$(installed): requirements/lock.txt requirements/install.sh setup.cfg | $(bin)/python
+	requirements/install.sh $(bin)/python $(TORCH) requirements/lock.txt
+	$(bin)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@mkdir -p $(stamps) && rm -f $(stamps)/run-* && touch $@
+
+$(installed_test): requirements/lock-test.txt | $(installed)
+	$(bin)/python -m pip install --quiet --no-deps --requirement $<
+	@touch $@
+
+$(installed_docs): requirements/lock-docs.txt | $(installed)
+	$(bin)/python -m pip install --quiet --no-deps --requirement $<
+	@touch $@
+
+$(DEMO)/.written: $(installed)
+	@rm -rf $(DEMO)/bids
+	$(bin)/babyseg-example $(DEMO)/bids
+	@touch $@
+
+demo: $(DEMO)/.written
+	$(bin)/babyseg $(DEMO)/bids $(DEMO)/out participant $(ARGS)
+	$(bin)/babyseg $(DEMO)/bids $(DEMO)/out group
+	@echo
+	@echo 'Example data:  $(DEMO)/bids'
+	@echo 'Reports:       $(DEMO)/out/sub-*.html and $(DEMO)/out/group.html'
+	@echo 'Label maps:    $(DEMO)/out/sub-*/ses-*/anat/*_desc-aseg_dseg.nii.gz'
+	@echo 'Volumes:       $(DEMO)/out/group_desc-babyseg_morph.tsv'
+
+run: $(installed)
+	@test -n '$(BIDS)' -a -n '$(OUT)' || \
+	    { echo "Say where the data is and where results go: make run BIDS=in OUT=out" >&2; exit 2; }
+	$(bin)/babyseg '$(BIDS)' '$(OUT)' $(LEVEL) $(ARGS)
+
+test: $(installed) $(installed_test)
+	$(bin)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+lint: $(installed) $(installed_test)
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy $(typed)
+	$(bin)/codespell $(sources) docs requirements .ci *.md *.cfg *.toml Makefile Dockerfile
+
+format: $(installed) $(installed_test)
+	$(bin)/ruff check --fix-only .
+	$(bin)/ruff format .
+
+docs: $(installed_docs)
+	$(bin)/mkdocs build --strict --quiet
+	@echo 'Documentation: site/index.html'
+
+lock:
+	requirements/relock.sh $(PYTHON) $(torch_pin)
+
+clean:
+	rm -rf $(DEMO) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find $(sources) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-all: clean
+	rm -rf $(VENV)

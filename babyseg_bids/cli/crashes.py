@@ -1,0 +1,110 @@
+"""From the crash files of Nipype to one sentence for each session that failed."""
+
+import re
+import tempfile
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from babyseg_bids.records import SessionInputs
+from babyseg_bids.settings import Settings
+
+# The last line of a traceback: a dotted name of a class, and the message.
+_RAISED = re.compile(r'^\s*(?P<name>[A-Za-z_][\w.]*)(?:: (?P<text>.*))?$')
+_BEGIN = 'Traceback (most recent call last)'
+_OURS = 'babyseg_bids.errors.'
+
+
+@dataclass(frozen=True)
+class Crash:
+    """A step that failed: its full name, why in one line, and the file with the details."""
+
+    step: str
+    reason: str
+    file: Path
+
+    @property
+    def name(self) -> str:
+        """The step's own name (`segment`)."""
+        return self.step.rpartition('.')[2]
+
+
+def node_key(session: SessionInputs, /) -> str:
+    """The session's name as it occurs in names of Nipype workflows, which have no dashes."""
+    return re.sub(r'\W', '_', session.name)
+
+
+def session_of(step: str, sessions: Iterable[SessionInputs], /) -> SessionInputs | None:
+    """The session that a step (`babyseg_wf.sub_01_ses_A_wf.segment`) belongs to."""
+    words = [f'_{part}_' for part in step.split('.')]
+    found = [s for s in sessions if any(f'_{node_key(s)}_' in word for word in words)]
+    # `sub_1` also occurs in the name of `sub_1_ses_A`.
+    return max(found, key=lambda s: len(s.name), default=None)
+
+
+def crash_files(settings: Settings, /) -> list[Path]:
+    """Crash files of this run, in the order of their times."""
+    folders = [
+        settings.output_dir / 'logs',
+        *settings.output_dir.glob(f'sub-*/log/{settings.run_uuid}'),
+    ]
+    # Seconds in the file's name tell files of this run from older ones in logs/.
+    began = settings.run_uuid.split('_')[0]
+    files = [f for folder in folders for f in folder.glob('crash-*.txt')]
+    return sorted(f for f in files if f.name.removeprefix('crash-')[: len(began)] >= began)
+
+
+def read_crashes(settings: Settings, /) -> list[Crash]:
+    """All crashes of this run."""
+    return [parse_crash(f.read_text(errors='replace'), f) for f in crash_files(settings)]
+
+
+def parse_crash(text: str, file: Path, /) -> Crash:
+    """Read a crash file of Nipype."""
+    match = re.match(r'Node: (\S+)', text)
+    return Crash(match[1] if match else file.stem, crash_reason(text), file)
+
+
+def crash_reason(text: str, /) -> str:
+    """Why a step failed, in one line: the message of the innermost exception that is known.
+
+    Nipype puts the traceback of the interface, indented, into the message of its own exception.
+    The sentences of babyseg's own errors stand for themselves; other errors keep their name.
+    """
+    start = text.rfind(_BEGIN)
+    if start < 0:
+        return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), '')
+    # The beginning of the line counts: its indentation is that of the whole traceback.
+    lines = text[text.rfind('\n', 0, start) + 1 :].splitlines()
+    for line in lines[1:]:
+        match = _RAISED.match(line)
+        if match and _indent(line) <= _indent(lines[0]):
+            name, message = match['name'], match['text'] or ''
+            if name.startswith(_OURS):
+                return message
+            return f'{name.rpartition(".")[2]}: {message}'.rstrip(': ')
+    return lines[-1].strip()
+
+
+def _indent(line: str) -> int:
+    return len(line.expandtabs()) - len(line.expandtabs().lstrip())
+
+
+def write_crash(error: BaseException, settings: Settings | None, /) -> Path | None:
+    """Write the traceback of an unexpected error where that is possible."""
+    folders = [Path.cwd(), Path(tempfile.gettempdir())]
+    if settings and settings.output_dir.is_dir():
+        folders.insert(0, settings.output_dir / 'logs')
+    text = ''.join(traceback.format_exception(error))
+    if settings:
+        text = f'{settings.to_toml()}\n{text}'
+    name = f'crash-{settings.run_uuid if settings else "babyseg"}.txt'
+    for folder in folders:
+        try:
+            folder.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+        except OSError:
+            continue
+        return folder / name
+    return None

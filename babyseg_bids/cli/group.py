@@ -1,0 +1,24 @@
+"""The group level: tables and a page from the results of the participant level."""
+
+from babyseg_bids.cli import checks
+from babyseg_bids.cli.environment import prepare_environment
+from babyseg_bids.cli.progress import error_console
+from babyseg_bids.settings import Settings
+
+
+def run_group(settings: Settings, /) -> int:
+    """Gather what is in the output folder; the raw data are not needed.
+
+    Raises
+    ------
+    UsageError, OutputError, NoInputError
+        When there are no results, or the folder cannot be written.
+    """
+    checks.check_results(settings.output_dir)
+    checks.check_writable(settings.output_dir)
+    prepare_environment(settings)
+    from babyseg_bids.reports.group import write_group
+
+    write_group(settings.output_dir)
+    error_console().print(f'Group tables and page: {settings.output_dir / "group.html"}')
+    return 0

@@ -1,0 +1,204 @@
+"""The sentences of the command line: what happened, to which file, and what to do about it."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+INTERRUPTED = (
+    'Interrupted: all processes were stopped. Finished sessions are kept; run the same command '
+    'again to continue.'
+)
+NOTHING_TO_DO = 'Every session already has its outputs. Add --overwrite to compute them again.'
+NO_IMAGE = 'no usable image'
+NO_ANATOMICAL = 'It has no images in an anat folder.'
+SKIPPED = 'done before'
+TO_DO = 'to do'
+DONE = 'done'
+FAILED = 'failed'
+NOT_RUN = 'It did not run: the run ended before its turn.'
+NO_REASON = 'Its outputs are incomplete and no crash was recorded; add -v to see the log.'
+
+NO_RESOURCE_RECORD = 'Nipype recorded no use of resources: it does so only when no step fails.'
+
+SHORT_USAGE = 'Usage: babyseg BIDS_DIR OUTPUT_DIR participant|group [options]; see babyseg -h.'
+
+
+def nearest(word: str, candidates: Iterable[str], /) -> str:
+    """' Did you mean X?' when a candidate resembles `word`, else nothing."""
+    matches = get_close_matches(word, list(candidates), n=1, cutoff=0.6)
+    return f' Did you mean {matches[0]}?' if matches else ''
+
+
+def unknown_option(option: str, candidates: Iterable[str], /) -> str:
+    """An option that does not exist."""
+    return f'There is no option {option}.{nearest(option, candidates)} See babyseg -h.'
+
+
+def unknown_key(path: Path, key: str, candidates: Iterable[str], /) -> str:
+    """A key of a settings file that is not an option."""
+    hint = nearest(key, candidates) or ' Keys are the names of options, such as participant-label.'
+    return f'The settings file {path} has an unknown key {key!r}.{hint}'
+
+
+def bad_config(path: Path, reason: str, /) -> str:
+    """A settings file that cannot be used."""
+    return f'The settings file {path} cannot be used: {reason}'
+
+
+def bids_dir_missing(path: Path, /) -> str:
+    """The dataset is not where the user says."""
+    return (
+        f'The dataset folder {path} does not exist. Check the path; inside a container, check '
+        'that the folder is mounted.'
+    )
+
+
+def bids_dir_not_folder(path: Path, /) -> str:
+    """A file where the dataset should be."""
+    return f'{path} is a file. Give the root folder of the BIDS dataset instead.'
+
+
+def bids_dir_unreadable(path: Path, reason: str, /) -> str:
+    """The dataset folder cannot be listed."""
+    return f'The dataset folder {path} cannot be read ({reason}). Check its permissions.'
+
+
+def no_description(path: Path, /) -> str:
+    """The dataset has no dataset_description.json."""
+    return (
+        f'{path} has no dataset_description.json, so it may not be the root of a BIDS dataset; '
+        'going on with the sub-* folders in it.'
+    )
+
+
+def output_unwritable(path: Path, reason: str, /) -> str:
+    """The output or work folder cannot be written."""
+    return f'Cannot write to {path} ({reason}). Choose another folder or change its permissions.'
+
+
+def output_in_input(output: Path, bids: Path, what: str, /) -> str:
+    """Results would be mixed into the raw data."""
+    return (
+        f'The {what} folder {output} lies inside the dataset {bids}. Choose a folder outside it, '
+        f'or {bids / "derivatives" / "babyseg"}.'
+    )
+
+
+def output_is_dataset(path: Path, what: str, /) -> str:
+    """Another dataset is in the output folder."""
+    return (
+        f'The output folder {path} holds {what}. Choose a folder of its own for the results of '
+        'babyseg.'
+    )
+
+
+def results_missing(path: Path, /) -> str:
+    """The group level has no folder to read."""
+    return (
+        f'The folder of results {path} does not exist. Give the output folder of the participant '
+        'level.'
+    )
+
+
+def no_results(path: Path, /) -> str:
+    """The group level finds no finished session."""
+    return f'{path} holds no finished session of babyseg. Run the participant level first.'
+
+
+def all_empty(count: int, example: str, /) -> str:
+    """Sessions exist, but none has an image that can be used."""
+    if count == 1:
+        return f'The session has no usable image. {example}'
+    return f'None of the {count} sessions has a usable image. The first: {example}'
+
+
+def file_missing(option: str, path: Path, /) -> str:
+    """A file named by an option does not exist."""
+    return f'{option}: the file {path} does not exist. Check the path.'
+
+
+def filter_unusable(path: str, reason: str, /) -> str:
+    """A filter file that is not a JSON object."""
+    return f'--bids-filter-file: {path} is not a JSON object of filters ({reason}).'
+
+
+def plugin_unusable(path: Path, reason: str, /) -> str:
+    """A Nipype plugin file that cannot be used."""
+    return (
+        f'--use-plugin: {path} cannot be used ({reason}). It must be YAML or JSON with the keys '
+        'plugin and, optionally, plugin_args.'
+    )
+
+
+def spaces_unavailable(spaces: Iterable[str], /) -> str:
+    """Standard spaces were asked for."""
+    return (
+        f'--output-spaces: this version writes results on the grid of the reference image only, '
+        f'not in {", ".join(spaces)}. Leave the option out, or give anat.'
+    )
+
+
+def foreign_work_dir(path: Path, /) -> str:
+    """--clean-workdir would delete files of someone else."""
+    return (
+        f'--clean-workdir: {path} holds files and was not made by babyseg, so nothing was '
+        'deleted. Give an empty or a new folder with --work-dir.'
+    )
+
+
+def resources(cpus: int, mem_gb: float, cpu_source: str, mem_source: str, /) -> str:
+    """What babyseg understood of processors and memory."""
+    processors = 'processor' if cpus == 1 else 'processors'
+    return (
+        f'Using {cpus} {processors} ({cpu_source}) and {mem_gb:.1f} GB of memory ({mem_source}).'
+    )
+
+
+def little_memory(mem_gb: float, need_gb: float, /) -> str:
+    """Less memory than one session needs."""
+    return (
+        f'A session needs about {need_gb:.0f} GB of memory and {mem_gb:.1f} GB may be used: the '
+        'system may end a process. Give more memory, or see --low-mem.'
+    )
+
+
+def memory_kill(need_gb: float, limit_gb: float, source: str, /) -> str:
+    """A worker was killed from outside."""
+    return (
+        f'The system killed the process, most likely because memory ran out: a session needs '
+        f'about {need_gb:.0f} GB and the limit is {limit_gb:.1f} GB ({source}). Give more memory, '
+        'or run fewer sessions side by side with --nprocs or --low-mem.'
+    )
+
+
+def worker_died(exit_code: int, /) -> str:
+    """A worker ended by itself without a Python exception."""
+    cause = f'signal {-exit_code}' if exit_code < 0 else f'exit code {exit_code}'
+    return (
+        f'The process ended without an error message ({cause}). Run again with -vv; if it '
+        'happens again, please report it with the log.'
+    )
+
+
+def unexpected(error: BaseException, crash_file: Path | None, /) -> str:
+    """A bug."""
+    what = f'{type(error).__name__}: {first_line(str(error))}'.rstrip(': ')
+    where = f'The details are in {crash_file}; please' if crash_file else 'Please'
+    return f'Something unexpected went wrong ({what}). {where} report it.'
+
+
+def summary(done: int, skipped: int, empty: int, failed: int, output: Path, /) -> str:
+    """The last sentence of a run."""
+    parts = [f'{done} segmented']
+    if skipped:
+        parts.append(f'{skipped} done before')
+    if empty:
+        parts.append(f'{empty} without a usable image')
+    if failed:
+        parts.append(f'{failed} failed')
+    return f'Sessions: {", ".join(parts)}. Results: {output}'
+
+
+def first_line(text: str, /) -> str:
+    """First line that is not empty."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), '')

@@ -1,0 +1,189 @@
+"""Geometry: the grid that the network works on, and the way there and back.
+
+The grid has the reference scan's own axes, reordered and flipped to be nearest to RAS, so that an
+upright head is upright for the network and the way back is separable. Affines are (4, 4) arrays
+from voxel indices to world coordinates, RAS, mm.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# What is darker than this share of a scan's bright voxels does not decide where the head is.
+_FOREGROUND = 0.05
+# Border that is kept around the foreground, mm.
+_BORDER = 8.0
+# Deviation of the anti-aliasing blur as a share of the coarser voxel.
+_ANTIALIAS = 0.42
+
+
+@dataclass(frozen=True)
+class WorkingGrid:
+    """The network's grid for one case.
+
+    Parameters
+    ----------
+    size : voxels (3,)
+    affine : (4, 4)
+    to_reference : for each axis of the reference, the grid axis it runs along, and its scale and
+        offset: grid index = scale * reference index + offset
+    """
+
+    size: tuple[int, int, int]
+    affine: np.ndarray
+    to_reference: tuple[tuple[int, float, float], ...]
+
+
+def foreground_box(x: np.ndarray, /) -> tuple[slice, slice, slice]:
+    """Smallest box around what is not dark in (X, Y, Z); the whole scan if all is dark."""
+    values = x[x > 0]
+    if not len(values):
+        return tuple(slice(0, s) for s in x.shape)  # type: ignore[return-value]
+    step = max(1, len(values) // 100_000)
+    bright = x > _FOREGROUND * np.quantile(values[::step], 0.99)
+    box = []
+    for axis in range(3):
+        other = tuple(a for a in range(3) if a != axis)
+        used = np.flatnonzero(bright.any(other))
+        box.append(slice(int(used[0]), int(used[-1]) + 1))
+    return tuple(box)  # type: ignore[return-value]
+
+
+def working_grid(
+    affine: np.ndarray,
+    box: Sequence[slice],
+    /,
+    *,
+    spacing: float,
+    multiple: int,
+) -> WorkingGrid:
+    """Grid of the given spacing (mm) over a box of the reference, with a border around it.
+
+    Parameters
+    ----------
+    affine : (4, 4) of the reference
+    box : voxels of the reference to cover
+    multiple : sizes are rounded up to multiples of this; the box stays in the middle
+    """
+    orientation = nib.io_orientation(affine)
+    if np.isnan(orientation).any():  # An affine with a zero axis; preflight rejects those files.
+        orientation = np.array([[0, 1], [1, 1], [2, 1]])
+    zooms = nib.affines.voxel_sizes(affine)
+    size = [0, 0, 0]
+    to_reference: list[tuple[int, float, float]] = []
+    # Column a: step in reference voxels for one step along grid axis a.
+    to_voxel = np.eye(4)
+    to_voxel[:3, :3] = 0
+    for axis in range(3):
+        along, flip = int(orientation[axis, 0]), float(orientation[axis, 1])
+        extent = (box[axis].stop - box[axis].start) * zooms[axis] + 2 * _BORDER
+        size[along] = multiple * int(np.ceil(extent / spacing / multiple))
+        middle = (box[axis].start + box[axis].stop - 1) / 2
+        step = flip * spacing / zooms[axis]
+        start = middle - step * (size[along] - 1) / 2
+        to_voxel[axis, along] = step
+        to_voxel[axis, 3] = start
+        to_reference.append((along, 1 / step, -start / step))
+    return WorkingGrid(tuple(size), affine @ to_voxel, tuple(to_reference))  # type: ignore[arg-type]
+
+
+def onto_grid(x: Tensor, affine: np.ndarray, grid: WorkingGrid, /) -> Tensor:
+    """Resample a scan (X, Y, Z) onto the grid, linearly after an anti-aliasing blur.
+
+    Returns (*grid.size); zero outside the scan.
+    """
+    from_grid = np.linalg.inv(affine) @ grid.affine
+    # How many scan voxels one grid step covers along each scan axis.
+    stride = np.abs(from_grid[:3, :3]).max(1)
+    sigmas = np.where(stride > 1, _ANTIALIAS * stride, 0)
+    box = _needed(x.shape, from_grid, grid.size, margin=np.ceil(3 * sigmas) + 1)
+    if any(s.start >= s.stop for s in box):
+        return torch.zeros(grid.size, device=x.device)
+    x = blur(x[box], sigmas.tolist())
+    # grid_sample wants coordinates from -1 to 1 at the outer faces, last axis first.
+    to_unit = torch.from_numpy(from_grid[:3])
+    for axis in range(3):
+        to_unit[axis, 3] += 0.5 - box[axis].start
+        to_unit[axis] *= 2 / x.shape[axis]
+        to_unit[axis, 3] -= 1
+    to_unit = to_unit.float().to(x.device)
+    axes = [torch.arange(s, dtype=torch.float32, device=x.device) for s in grid.size]
+    where = (
+        to_unit[:, 0] * axes[0][:, None, None, None]
+        + to_unit[:, 1] * axes[1][None, :, None, None]
+        + to_unit[:, 2] * axes[2][None, None, :, None]
+        + to_unit[:, 3]
+    )
+    return F.grid_sample(x[None, None], where.flip(-1)[None], align_corners=False)[0, 0]
+
+
+def _needed(
+    shape: Sequence[int], from_grid: np.ndarray, size: Sequence[int], *, margin: np.ndarray
+) -> tuple[slice, ...]:
+    """Scan voxels that the grid and a margin around it touch."""
+    corners = np.array(np.meshgrid(*[(0, s - 1) for s in size])).reshape(3, -1).T
+    points = nib.affines.apply_affine(from_grid, corners)
+    low = np.floor(points.min(0) - margin).clip(0)
+    high = (np.ceil(points.max(0) + margin) + 1).clip(0, shape)
+    return tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+
+
+def blur(x: Tensor, sigmas: Sequence[float], /) -> Tensor:
+    """Gaussian blur of (X, Y, Z), one deviation in voxels a dimension, zero for none."""
+    for axis, sigma in enumerate(sigmas):
+        if not sigma:
+            continue
+        # A product with a band matrix is far faster than torch's single-channel convolutions.
+        index = torch.arange(x.shape[axis], device=x.device, dtype=x.dtype)
+        kernel = torch.exp(-0.5 * ((index[:, None] - index) / sigma) ** 2)
+        kernel = kernel / (sigma * np.sqrt(2 * np.pi))
+        if axis == 0:
+            x = (kernel @ x.flatten(1)).view(x.shape)
+        else:
+            x = kernel @ x if axis == 1 else x @ kernel
+    return x
+
+
+def reference_box(
+    box: Sequence[slice], grid: WorkingGrid, shape: Sequence[int], /
+) -> tuple[slice, slice, slice]:
+    """Reference voxels whose interpolation touches a box of the grid."""
+    out = []
+    for axis, (along, scale, offset) in enumerate(grid.to_reference):
+        ends = [(e - offset) / scale for e in (box[along].start - 1, box[along].stop)]
+        low, high = int(np.ceil(min(ends))), int(np.floor(max(ends))) + 1
+        low = min(max(low, 0), shape[axis])
+        out.append(slice(low, max(low, min(high, shape[axis]))))
+    return tuple(out)  # type: ignore[return-value]
+
+
+def from_grid(x: Tensor, grid: WorkingGrid, box: Sequence[slice], /) -> Tensor:
+    """Linearly interpolate grid values (*grid.size) at the reference voxels of a box.
+
+    Parameters
+    ----------
+    box : slices of the reference's axes
+
+    Returns
+    -------
+    Tensor of the box's shape; values outside the grid are those of its border
+    """
+    order = [along for along, _, _ in grid.to_reference]
+    x = x.permute(order)
+    for axis, (_, scale, offset) in enumerate(grid.to_reference):
+        index = torch.arange(box[axis].start, box[axis].stop, dtype=torch.float64)
+        index = (scale * index + offset).clamp(0, x.shape[axis] - 1)
+        low = index.floor().long().clamp(max=max(x.shape[axis] - 2, 0))
+        weight = (index - low).float().to(x.device)
+        shape = [1, 1, 1]
+        shape[axis] = len(weight)
+        low = low.to(x.device)
+        x = torch.lerp(
+            x.index_select(axis, low), x.index_select(axis, low + 1), weight.view(shape)
+        )
+    return x

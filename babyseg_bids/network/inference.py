@@ -1,0 +1,222 @@
+"""From scans to a label map on the reference's own grid: arrays in, arrays out."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from babyseg_bids.errors import InputError
+from babyseg_bids.network.device import choose_device, cpu_prefers_bfloat16
+from babyseg_bids.network.grid import (
+    WorkingGrid,
+    foreground_box,
+    from_grid,
+    onto_grid,
+    reference_box,
+    working_grid,
+)
+from babyseg_bids.network.intensity import normalise
+from babyseg_bids.network.weights import Model
+
+# A channel is interpolated only where it reaches this probability.
+_NEGLIGIBLE = 1e-3
+# Brain components smaller than this share of the largest are taken for false detections.
+_ISLAND_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Result of `segment`, all on the reference's grid.
+
+    Parameters
+    ----------
+    labels : (X, Y, Z) int16, FreeSurfer numbers
+    uncertainty : (X, Y, Z) float32, 0..1: one minus the probability of the label given
+    probabilities : (X, Y, Z, C) float16, or None
+    soft_volumes : sum of a label's probabilities by FreeSurfer number, mm3
+    confidence : mean probability inside each label; NaN where it is absent
+    scan_weights : share that each scan had in the result, in the order given
+    device, seconds : where the network ran, and the time of the whole call
+    """
+
+    labels: np.ndarray
+    uncertainty: np.ndarray
+    probabilities: np.ndarray | None
+    soft_volumes: dict[int, float]
+    confidence: dict[int, float]
+    scan_weights: tuple[float, ...]
+    device: str
+    seconds: float
+
+
+def segment(
+    scans: Sequence[tuple[np.ndarray, np.ndarray]],
+    model: Model,
+    *,
+    device: str = 'auto',
+    threads: int | None = None,
+    keep_probabilities: bool = False,
+) -> Segmentation:
+    """Segment one child's aligned scans jointly.
+
+    Parameters
+    ----------
+    scans : image (X, Y, Z) and its voxel-to-world affine (4, 4) in RAS mm, of each scan; the
+        first is the reference, whose grid the result has. The others' affines lead into the same
+        world, so that each scan is resampled once.
+    device : `auto`, `cpu`, `cuda[:N]` or `mps`
+    threads : of the CPU; None for torch's own choice
+
+    Raises
+    ------
+    InputError
+        If there is no scan, or one is not 3-D or not finite.
+    """
+    began = time.monotonic()
+    _check(scans)
+    if threads:
+        torch.set_num_threads(threads)
+    where = choose_device(device)
+    image, affine = scans[0]
+    grid = working_grid(
+        affine,
+        foreground_box(image),
+        spacing=model.spacing,
+        multiple=model.multiple,
+    )
+    with torch.inference_mode():
+        prepared = [normalise(onto_grid(_tensor(x, where), a, grid)) for x, a in scans]
+        # A fixed order makes the result independent of the order given, to the last bit.
+        prepared.sort(key=lambda x: (float(x.double().sum()), float(x.double().square().sum())))
+        posteriors = predict(torch.stack(prepared), model, device=where)
+        remove_islands(posteriors)
+        result = _to_reference(posteriors, grid, image.shape, affine, model, keep_probabilities)
+    labels, uncertainty, probabilities, volumes, confidence = result
+    return Segmentation(
+        labels=labels,
+        uncertainty=uncertainty,
+        probabilities=probabilities,
+        soft_volumes=volumes,
+        confidence=confidence,
+        scan_weights=tuple(1 / len(scans) for _ in scans),
+        device=where,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _check(scans: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    if not scans:
+        raise InputError('There is no scan to segment; give at least one.')
+    for i, (image, affine) in enumerate(scans):
+        if image.ndim != 3:
+            raise InputError(f'Scan {i} has the shape {image.shape}; give 3-D images.')
+        if np.shape(affine) != (4, 4) or not np.isfinite(affine).all():
+            raise InputError(f'Scan {i} has no usable affine; give a finite 4x4 matrix.')
+        if not np.isfinite(image).all():
+            raise InputError(f'Scan {i} has NaN or infinite voxels; replace them first.')
+
+
+def _tensor(x: np.ndarray, device: str) -> Tensor:
+    # Flipped views and foreign byte orders are fine for numpy but not for torch.
+    return torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(device)
+
+
+def predict(scans: Tensor, model: Model, /, *, device: str = 'cpu') -> Tensor:
+    """Posteriors (C, *size) float32 of prepared scans (G, *size) in 0..1.
+
+    bfloat16 is used where the processor gains from it: GPUs, and CPUs with matrix units.
+    """
+    network = model.network.to(device, memory_format=torch.channels_last_3d)
+    half = device.startswith('cuda') or (device == 'cpu' and cpu_prefers_bfloat16())
+    kind = device.split(':')[0]
+    with torch.autocast(kind, torch.bfloat16, enabled=half):
+        logits = network(scans[None])[0]
+    return logits.float().softmax(0)
+
+
+def remove_islands(posteriors: Tensor, /) -> None:
+    """Give small detached pieces of brain to the background, in place.
+
+    Parameters
+    ----------
+    posteriors : (C, *size), background first
+    """
+    brain = (posteriors[0] < 0.5).cpu().numpy()
+    components, count = ndimage.label(brain, np.ones((3, 3, 3)))
+    if count < 2:
+        return
+    sizes = np.bincount(components.ravel())
+    sizes[0] = 0
+    small = sizes < _ISLAND_SHARE * sizes.max()
+    small[0] = False
+    gone = torch.from_numpy(small[components]).to(posteriors.device)
+    posteriors[:, gone] = 0
+    posteriors[0, gone] = 1
+
+
+def _to_reference(
+    posteriors: Tensor,
+    grid: WorkingGrid,
+    shape: Sequence[int],
+    affine: np.ndarray,
+    model: Model,
+    keep: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, dict[int, float], dict[int, float]]:
+    """Interpolate channel by channel, keeping the best one: memory for two, not for all."""
+    indices = model.labels.indices
+    voxel = float(abs(np.linalg.det(affine[:3, :3])))
+    labels = np.zeros(tuple(shape), np.int16)
+    uncertainty = np.zeros(tuple(shape), np.float32)
+    volumes = dict.fromkeys(indices.tolist(), 0.0)
+    confidence = dict.fromkeys(indices.tolist(), float('nan'))
+    probabilities = None
+    if keep:
+        probabilities = np.zeros((*shape, len(indices)), np.float16)
+        probabilities[..., 0] = 1
+    # Where the grid does not reach and where no structure is likely is background.
+    brain = _box(posteriors[0] < 1 - _NEGLIGIBLE / 2)
+    if brain is not None:
+        whole = reference_box(brain, grid, shape)
+        best = from_grid(posteriors[0], grid, whole)
+        if probabilities is not None:
+            probabilities[(*whole, 0)] = best.cpu().numpy()
+        channel = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
+        for c, index in enumerate(indices.tolist()):
+            box = _box(posteriors[c] > _NEGLIGIBLE) if c else None
+            if box is None:
+                continue
+            target = reference_box(box, grid, shape)
+            p = from_grid(posteriors[c], grid, target)
+            volumes[index] = float(p.sum(dtype=torch.float64)) * voxel
+            if probabilities is not None:
+                probabilities[(*target, c)] = p.cpu().numpy()
+            here = tuple(
+                slice(t.start - w.start, t.stop - w.start)
+                for t, w in zip(target, whole, strict=True)
+            )
+            better = p > best[here]
+            channel[here].masked_fill_(better, c)
+            torch.maximum(best[here], p, out=best[here])
+        labels[whole] = indices[channel.cpu().numpy()]
+        uncertainty[whole] = 1 - best.cpu().numpy()
+        for c, index in enumerate(indices.tolist()):
+            inside = channel == c
+            if bool(inside.any()):
+                confidence[index] = float(best[inside].mean(dtype=torch.float64))
+    volumes[0] = float(np.prod(shape)) * voxel - sum(volumes.values())
+    return labels, uncertainty, probabilities, volumes, confidence
+
+
+def _box(mask: Tensor) -> tuple[slice, ...] | None:
+    if not bool(mask.any()):
+        return None
+    box = []
+    for axis in range(3):
+        other = [a for a in range(3) if a != axis]
+        used = mask.any(other[1]).any(other[0]).nonzero()
+        box.append(slice(int(used[0]), int(used[-1]) + 1))
+    return tuple(box)

@@ -1,0 +1,113 @@
+"""Layers that act on groups of scans: tensors of shape (B, G, C, *size).
+
+B is the batch, G the number of scans of one child, C the channels and `size` one to three spatial
+dimensions. Every layer is equivariant to a permutation of the scans and defined for one scan.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_MODULE: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_LINEAR = {1: 'linear', 2: 'bilinear', 3: 'trilinear'}
+
+
+class GroupConv(nn.Module):
+    """Group convolution with cross-talk between scans (BabySeg, arXiv 2512.05114).
+
+    `out_g = (conv_b(x_g) + conv_m(mean over g of x)) / 2`, with 'same' padding. The convolution of
+    the mean runs once for the group. With one scan both see the same input, so one convolution
+    with the averaged weights gives the same result at half the cost.
+
+    Parameters
+    ----------
+    dim : number of spatial dimensions, 1 to 3
+    inputs, outputs : channels
+    kernel : odd width of the kernel along each dimension, voxels
+    """
+
+    def __init__(self, dim: int, inputs: int, outputs: int, *, kernel: int = 3) -> None:
+        super().__init__()
+        conv = _CONV_MODULE[dim]
+        self.dim = dim
+        self.padding = kernel // 2
+        self.conv_b = conv(inputs, outputs, kernel, padding=self.padding)
+        self.conv_m = conv(inputs, outputs, kernel, padding=self.padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, G, C, *size) to (B, G, outputs, *size)."""
+        groups = x.shape[1]
+        if groups == 1:
+            weight = (self.conv_b.weight + self.conv_m.weight) / 2
+            bias = (self.conv_b.bias + self.conv_m.bias) / 2
+            return _CONV[self.dim](x[:, 0], weight, bias, padding=self.padding)[:, None]
+        each = self.conv_b(x.flatten(0, 1)).unflatten(0, (-1, groups))
+        common = self.conv_m(x.mean(1))
+        return (each + common[:, None]) / 2
+
+
+class InstanceNorm(nn.Module):
+    """Normalise every channel of every scan over space, with learned scale and shift.
+
+    A scan's statistics never depend on the other scans, so the group stays exchangeable.
+    """
+
+    def __init__(self, channels: int, *, eps: float = 1e-4) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, G, C, *size) to the same shape."""
+        # Batch normalisation of one sample is instance normalisation, and unlike that function
+        # it has a fast path for channels-last memory. This form also takes a single voxel.
+        scans = [
+            torch.batch_norm(s, self.weight, self.bias, None, None, True, 0, self.eps, False)
+            for s in x.flatten(0, 1).split(1)
+        ]
+        flat = scans[0] if len(scans) == 1 else torch.cat(scans)
+        return flat.unflatten(0, x.shape[:2])
+
+
+class Activation(nn.Module):
+    """Exponential linear unit, in place where no gradient is asked for.
+
+    In place with gradients, autograd would copy every view that the group layers make.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape to the same shape."""
+        return F.elu(x, inplace=not torch.is_grad_enabled())
+
+
+def max_pool(x: Tensor, /) -> Tensor:
+    """Halve (B, G, C, *size) along every spatial dimension by the maximum of each 2-wide block."""
+    return _MAX_POOL[x.ndim - 3](x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
+
+
+def upsample(x: Tensor, /) -> Tensor:
+    """Double (B, G, C, *size) along every spatial dimension, (bi-/tri-)linearly."""
+    flat = F.interpolate(
+        x.flatten(0, 1), scale_factor=2, mode=_LINEAR[x.ndim - 3], align_corners=False
+    )
+    return flat.unflatten(0, x.shape[:2])
+
+
+def concatenate(*tensors: Tensor) -> Tensor:
+    """Join tensors (B, G, C_i, *size) along the channels."""
+    # Concatenating six dimensions would lose the channels-last layout of the scans.
+    flat = torch.cat([t.flatten(0, 1) for t in tensors], dim=1)
+    return flat.unflatten(0, tensors[0].shape[:2])
+
+
+def single_channel(x: Tensor, /) -> Tensor:
+    """Insert the channel dimension into scans (B, G, *size), in channels-last layout."""
+    # With one channel both layouts are the same bytes and torch takes it for contiguous, which
+    # would make every layer that follows convert. The stride of the channel tells it apart.
+    x = x.contiguous()[:, :, None]
+    stride = list(x.stride())
+    stride[2] = 1
+    return x.as_strided(x.shape, stride)

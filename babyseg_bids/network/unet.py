@@ -1,0 +1,203 @@
+"""The group-convolution U-Net: any number of scans of one child in, label logits out."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from babyseg_bids.errors import ModelError
+from babyseg_bids.network.layers import (
+    Activation,
+    GroupConv,
+    InstanceNorm,
+    concatenate,
+    max_pool,
+    single_channel,
+    upsample,
+)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Shape of a `GroupUNet`.
+
+    Parameters
+    ----------
+    labels : output channels
+    encoder : channels of each encoder level; each level ends in a pooling by 2
+    decoder : channels of each decoder level, coarsest first, as many as encoder levels; each level
+        ends in an up-sampling by 2
+    head : channels of the layers at full resolution that follow the merging of the scans
+    repeats : convolutions a level
+    dim : spatial dimensions
+    norm : instance normalisation after each convolution but the last
+    """
+
+    labels: int
+    encoder: tuple[int, ...]
+    decoder: tuple[int, ...]
+    head: tuple[int, ...] = ()
+    repeats: int = 2
+    dim: int = 3
+    norm: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ('encoder', 'decoder', 'head'):  # JSON gives lists.
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.encoder) != len(self.decoder):
+            raise ModelError(
+                f'The network has {len(self.encoder)} encoder but {len(self.decoder)} decoder '
+                'levels; give as many of one as of the other.'
+            )
+
+    @property
+    def multiple(self) -> int:
+        """Input sizes must be multiples of this many voxels."""
+        return 2 ** len(self.encoder)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary, the arguments of this class."""
+        return asdict(self)
+
+
+def _level(config: NetworkConfig, inputs: int, outputs: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i in range(config.repeats):
+        layers.append(GroupConv(config.dim, outputs if i else inputs, outputs))
+        if config.norm:
+            layers.append(InstanceNorm(outputs))
+        layers.append(Activation())
+    return nn.Sequential(*layers)
+
+
+class GroupUNet(nn.Module):
+    """U-Net of group convolutions (BabySeg, arXiv 2512.05114).
+
+    Encoder levels keep their output as skip connection and pool by 2. Decoder levels convolve,
+    up-sample and concatenate `[skip, up-sampled]`. At full resolution the scans are averaged, and
+    the head turns the average into logits. Without `norm` and `head` this is the published
+    network, with its parameter names.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.enc = nn.ModuleList()
+        self.dec = nn.ModuleList()
+        channels = 1
+        for width in config.encoder:
+            self.enc.append(_level(config, channels, width))
+            channels = width
+        for width, skip in zip(config.decoder, reversed(config.encoder), strict=True):
+            self.dec.append(_level(config, channels, width))
+            channels = width + skip
+        head: list[nn.Module] = []
+        for width in config.head:
+            head.append(GroupConv(config.dim, channels, width))
+            if config.norm:
+                head.append(InstanceNorm(width))
+            head.append(Activation())
+            channels = width
+        # A head of its own has seen the neighbourhood already; a pointwise layer is enough then.
+        kernel = 1 if config.head else 3
+        head.append(GroupConv(config.dim, channels, config.labels, kernel=kernel))
+        self.add = nn.Sequential(*head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, labels, *size) of scans (B, G, *size) with values in 0..1.
+
+        Raises
+        ------
+        ModelError
+            If a spatial size is not a multiple of `config.multiple`.
+        """
+        if any(s % self.config.multiple for s in x.shape[2:]):
+            raise ModelError(
+                f'The network needs sizes that are multiples of {self.config.multiple}, '
+                f'not {tuple(x.shape[2:])}; pad the scans first.'
+            )
+        x = single_channel(x)
+        skips = []
+        for level in self.enc:
+            x = level(x)
+            skips.append(x)
+            x = max_pool(x)
+        for level in self.dec:
+            x = upsample(level(x))
+            x = concatenate(skips.pop(), x)
+        if x.shape[1] > 1:
+            x = x.mean(1, keepdim=True)
+        return self.add(x)[:, 0]
+
+
+class _Posteriors(nn.Module):
+    """A network with a softmax, as the official one gives posteriors."""
+
+    def __init__(self, network: GroupUNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Posteriors (B, labels, *size) of scans (B, G, *size) of any intensities."""
+        return self.network(rescale(x)).softmax(1)
+
+
+def rescale(x: Tensor, /, *, low: float = 0.01, high: float = 0.99) -> Tensor:
+    """Clip each scan of (B, G, *size) at two of its quantiles and scale it to 0..1.
+
+    The quantiles are over all voxels; a constant scan becomes zero (official normalisation).
+    """
+    flat = x.flatten(2)
+    n = flat.shape[-1]
+    # torch.quantile is limited to 2**24 elements, a 256^3 volume has that many.
+    order = flat.sort(-1).values
+    bounds = []
+    for q in (low, high):
+        position = q * (n - 1)
+        i = int(position)
+        j = min(i + 1, n - 1)
+        bounds.append(torch.lerp(order[..., i], order[..., j], position - i))
+    low_value, high_value = (b[..., None] for b in bounds)
+    span = high_value - low_value
+    scaled = (flat.clamp(low_value, high_value) - low_value) / torch.where(span > 0, span, 1)
+    return scaled.view_as(x)
+
+
+def official_config(config: Mapping[str, Any], /) -> NetworkConfig:
+    """Translate the official program's model configuration (`enc`, `dec`, `out`, ...)."""
+    return NetworkConfig(
+        labels=config['out'],
+        encoder=config['enc'],
+        decoder=config['dec'],
+        head=config.get('add', ()),
+        repeats=config.get('rep', 2),
+        dim=config.get('dim', 3),
+        norm=False,
+    )
+
+
+def official_network(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """The published network with its weights.
+
+    Parameters
+    ----------
+    config : the official configuration, with keys `dim`, `out`, `enc`, `dec`, `add`, `rep`
+    state_dict : tensors under the official names (`enc.0.0.conv_b.weight`, ...)
+
+    Returns
+    -------
+    module that maps scans (B, G, *size) to posteriors (B, labels, *size)
+
+    Raises
+    ------
+    ModelError
+        If names or shapes do not fit the configuration.
+    """
+    network = GroupUNet(official_config(config))
+    try:
+        network.load_state_dict(dict(state_dict))
+    except RuntimeError as e:
+        raise ModelError(f'The weights do not fit the official configuration: {e}') from e
+    return _Posteriors(network).eval()

@@ -1,0 +1,121 @@
+"""Models on disk: safetensors weights that describe themselves, and the official checkpoints."""
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from babyseg_bids.errors import ModelError
+from babyseg_bids.labels import LabelTable, label_table
+from babyseg_bids.network.unet import GroupUNet, NetworkConfig
+
+_FORMAT = 'babyseg-1'
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network with what is needed to apply it.
+
+    Parameters
+    ----------
+    name, version : as recorded in the weights file
+    network : (B, G, *size) in 0..1 to logits (B, C, *size)
+    labels : the table of its output channels
+    spacing : voxel size that it works at, mm
+    multiple : its input sizes are multiples of this
+    training : how it was trained
+    """
+
+    name: str
+    version: str
+    network: nn.Module
+    labels: LabelTable
+    spacing: float
+    multiple: int
+    training: dict[str, Any]
+
+
+def shipped_models() -> dict[str, Path]:
+    """Names and files of the models inside the package."""
+    folder = files('babyseg_bids').joinpath('data/models')
+    return {
+        Path(str(f)).stem: Path(str(f))
+        for f in sorted(folder.iterdir(), key=str)
+        if f.name.endswith('.safetensors')
+    }
+
+
+def save_model(
+    path: Path,
+    network: GroupUNet,
+    *,
+    name: str,
+    version: str,
+    spacing: float,
+    training: dict[str, Any],
+) -> None:
+    """Write a network's weights as half-precision safetensors with its description."""
+    description = {
+        'format': _FORMAT,
+        'name': name,
+        'version': version,
+        'config': network.config.to_dict(),
+        'labels': label_table().indices.tolist(),
+        'spacing': spacing,
+        'training': training,
+    }
+    tensors = {k: v.detach().half().contiguous() for k, v in network.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={'babyseg': json.dumps(description)})
+
+
+def load_model(name: str | Path = 'default', /) -> Model:
+    """Load a shipped model by name or any model by its file.
+
+    Raises
+    ------
+    ModelError
+        If there is no such model, or the file is damaged or of another kind.
+    """
+    models = shipped_models()
+    path = models.get(str(name), Path(name))
+    if not path.is_file():
+        raise ModelError(
+            f'There is no model {str(name)!r}: give the path of a .safetensors file or one of '
+            f'the shipped models ({", ".join(models) or "none in this installation"}).'
+        )
+    try:
+        with safe_open(path, framework='pt') as f:
+            description = json.loads((f.metadata() or {}).get('babyseg', '{}'))
+            tensors = {k: f.get_tensor(k).float() for k in f.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as e:
+        raise ModelError(
+            f'{path} cannot be read as model weights ({e}); copy or download it again.'
+        ) from e
+    if description.get('format') != _FORMAT:
+        raise ModelError(
+            f'{path} is not a babyseg model; give a .safetensors file that `babyseg-train export` '
+            'wrote.'
+        )
+    table = label_table()
+    if description['labels'] != table.indices.tolist():
+        raise ModelError(f'{path} was trained for another label table; use the matching version.')
+    network = GroupUNet(NetworkConfig(**description['config']))
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as e:
+        raise ModelError(f'The weights in {path} do not fit its own description: {e}') from e
+    return Model(
+        name=description['name'],
+        version=description['version'],
+        network=network.eval().requires_grad_(False),
+        labels=table,
+        spacing=float(description['spacing']),
+        multiple=network.config.multiple,
+        training=description['training'],
+    )

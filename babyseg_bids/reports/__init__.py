@@ -1,0 +1,1 @@
+"""Pages for people: one a session, one a subject with several sessions, one for the group."""

@@ -1,0 +1,285 @@
+"""Train the network on synthetic images: resumable, in stages of rising resolution."""
+
+import csv
+import math
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from babyseg_bids.errors import InputError, UsageError
+from babyseg_bids.labels import label_table
+from babyseg_bids.network.unet import GroupUNet, NetworkConfig
+from babyseg_bids.synthesis.generator import draw_sample
+from babyseg_bids.synthesis.losses import dice_cross_entropy, hard_dice
+from babyseg_bids.synthesis.maps import TrainingMap, class_table
+from babyseg_bids.synthesis.settings import SynthesisSettings
+
+# Children that are never trained on; their maps measure the result (see the model card).
+HELD_OUT = ('03mo', '08mo', '24mo')
+DEFAULT_NETWORK = NetworkConfig(
+    labels=len(label_table()), encoder=(16, 32, 64, 96), decoder=(96, 96, 64, 16), head=(16,)
+)
+# Hard Dice costs a twentieth of a step, so only some steps have it.
+_MEASURE_EVERY = 5
+_FIELDS = ('step', 'stage', 'spacing', 'loss', 'dice', 'rate', 'seconds')
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of the training at one resolution.
+
+    Parameters
+    ----------
+    spacing : voxel size, mm
+    size : voxels, multiples of what the network asks for
+    steps, batch : optimiser steps, and samples in each
+    """
+
+    spacing: float
+    size: tuple[int, int, int]
+    steps: int
+    batch: int
+
+    @classmethod
+    def parse(cls, text: str, /) -> 'Stage':
+        """Read `SPACING:XxYxZ:STEPS:BATCH`, for example `2.0:64x80x64:1500:2`."""
+        try:
+            spacing, size, steps, batch = text.split(':')
+            x, y, z = (int(n) for n in size.split('x'))
+            return cls(float(spacing), (x, y, z), int(steps), int(batch))
+        except ValueError as e:
+            raise UsageError(
+                f'{text!r} is not a training stage; write SPACING:XxYxZ:STEPS:BATCH, for example '
+                '2.0:64x80x64:1500:2.'
+            ) from e
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """All that decides a training but the maps.
+
+    Parameters
+    ----------
+    stages : in order
+    rate : peak learning rate; it warms up, stays, and falls to zero over the last `decay` share
+    average : decay of the exponential moving average of the weights
+    """
+
+    stages: tuple[Stage, ...]
+    network: NetworkConfig = DEFAULT_NETWORK
+    synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
+    seed: int = 0
+    rate: float = 1.5e-3
+    warmup: int = 100
+    decay: float = 0.35
+    average: float = 0.998
+    clip: float = 1.0
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(s.steps for s in self.stages)
+
+    def stage_at(self, step: int, /) -> int:
+        """Number of the stage that a step belongs to."""
+        for i, stage in enumerate(self.stages):
+            if step < stage.steps:
+                return i
+            step -= stage.steps
+        return len(self.stages) - 1
+
+    def rate_at(self, step: int, /) -> float:
+        """Learning rate of a step: linear warm-up, plateau, cosine to zero."""
+        left = (self.steps - step) / (self.decay * self.steps)
+        cooled = 0.5 * (1 - math.cos(math.pi * min(1.0, max(0.0, left))))
+        return self.rate * min(1.0, (step + 1) / self.warmup) * cooled
+
+
+class SyntheticBatches(Dataset):
+    """Batches of synthetic samples; item i depends on the plan's seed and i alone.
+
+    That makes training resumable without storing generator states.
+    """
+
+    def __init__(self, maps: Sequence[TrainingMap], plan: TrainingPlan, start: int, stop: int):
+        self.maps = maps
+        self.plan = plan
+        self.start = start
+        self.stop = stop
+        self.table = class_table()
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
+        """Images (B, G, *size) and target (B, *size) of the step `start + item`."""
+        torch.set_num_threads(1)
+        step = self.start + item
+        stage = self.plan.stages[self.plan.stage_at(step)]
+        seed = self.plan.seed * 1_000_003 + step
+        generator = torch.Generator().manual_seed(seed)
+        shares = torch.tensor(self.plan.synthesis.group_shares)
+        scans = int(torch.multinomial(shares, 1, generator=generator))
+        one_hot = tuple(float(i == scans) for i in range(len(shares)))
+        settings = replace(
+            self.plan.synthesis, size=stage.size, spacing=stage.spacing, group_shares=one_hot
+        )
+        samples = [
+            draw_sample(self.maps, seed=seed * 64 + i, settings=settings, table=self.table)
+            for i in range(stage.batch)
+        ]
+        return torch.stack([s.images for s in samples]), torch.stack([s.target for s in samples])
+
+
+class Trainer:
+    """State of a training in a folder: weights, averaged weights, optimiser, step.
+
+    Parameters
+    ----------
+    folder : holds `checkpoint.pt` and `log.csv`; an existing checkpoint is continued
+    """
+
+    def __init__(self, plan: TrainingPlan, folder: Path, *, device: str = 'cpu') -> None:
+        self.plan = plan
+        self.folder = folder
+        self.device = device
+        torch.manual_seed(plan.seed)
+        network = GroupUNet(plan.network)
+        layout = torch.channels_last_3d if plan.network.dim == 3 else torch.channels_last
+        self.network = network.to(device, memory_format=layout)
+        self.averaged = deepcopy(self.network).requires_grad_(False)
+        self.optimiser = torch.optim.AdamW(
+            self.network.parameters(), lr=plan.rate, betas=(0.9, 0.99), weight_decay=1e-4
+        )
+        self.step = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint.exists():
+            self._resume()
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file that holds the newest state."""
+        return self.folder / 'checkpoint.pt'
+
+    def _resume(self) -> None:
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        if state['network_config'] != self.plan.network.to_dict():
+            raise InputError(
+                f'{self.checkpoint} belongs to another network; continue it with the same '
+                'network settings or train into another folder.'
+            )
+        self.network.load_state_dict(state['network'])
+        self.averaged.load_state_dict(state['averaged'])
+        self.optimiser.load_state_dict(state['optimiser'])
+        self.step = state['step']
+
+    def save(self) -> None:
+        """Write the state; a kill at any moment leaves the old or the new one."""
+        state = {
+            'network': self.network.state_dict(),
+            'averaged': self.averaged.state_dict(),
+            'optimiser': self.optimiser.state_dict(),
+            'step': self.step,
+            'network_config': self.plan.network.to_dict(),
+            'stages': [asdict(s) for s in self.plan.stages],
+        }
+        temporary = self.checkpoint.with_suffix('.tmp')
+        torch.save(state, temporary)
+        temporary.replace(self.checkpoint)
+
+    def train_step(self, images: Tensor, target: Tensor, /) -> tuple[float, float]:
+        """One optimiser step on (B, G, *size) and (B, *size); loss and mean hard Dice (or NaN)."""
+        rate = self.plan.rate_at(self.step)
+        for group in self.optimiser.param_groups:
+            group['lr'] = rate
+        logits = self.network(images.to(self.device))
+        target = target.to(self.device)
+        loss = dice_cross_entropy(logits, target)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.plan.clip)
+        if torch.isfinite(norm):
+            self.optimiser.step()
+            self._average()
+        self.step += 1
+        dice = float('nan')
+        if self.step % _MEASURE_EVERY == 0:
+            prediction = logits.detach().argmax(1)
+            dice = float(hard_dice(prediction, target, classes=logits.shape[1])[1:].nanmean())
+        return float(loss.detach()), dice
+
+    def _average(self) -> None:
+        # Early on the average must follow quickly, or it would remember the random start.
+        decay = min(self.plan.average, (1 + self.step) / (10 + self.step))
+        ours, theirs = list(self.averaged.parameters()), list(self.network.parameters())
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+
+    def run(
+        self,
+        maps: Sequence[TrainingMap],
+        *,
+        workers: int = 1,
+        save_every: int = 100,
+        stop: int | None = None,
+    ) -> None:
+        """Train from the present step to the plan's end, or to the step `stop`."""
+        end = min(stop or self.plan.steps, self.plan.steps)
+        batches = DataLoader(
+            SyntheticBatches(maps, self.plan, self.step, end),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=3 if workers else None,
+        )
+        log = _Log(self.folder / 'log.csv')
+        for images, target in batches:
+            stage = self.plan.stage_at(self.step)
+            rate = self.plan.rate_at(self.step)
+            loss, dice = self.train_step(images, target)
+            log.add(self.step, stage, self.plan.stages[stage].spacing, loss, dice, rate)
+            if self.step % save_every == 0:
+                self.save()
+        self.save()
+
+
+class _Log:
+    """Means over 20 steps, to a CSV file and the screen."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[tuple[float, float]] = []
+        self.began = time.monotonic()
+
+    def add(
+        self, step: int, stage: int, spacing: float, loss: float, dice: float, rate: float
+    ) -> None:
+        self.rows.append((loss, dice))
+        if len(self.rows) < 20:
+            return
+        mean_loss = sum(loss for loss, _ in self.rows) / len(self.rows)
+        dices = [dice for _, dice in self.rows if dice == dice]
+        mean_dice = sum(dices) / len(dices) if dices else float('nan')
+        seconds = (time.monotonic() - self.began) / len(self.rows)
+        row = (
+            step,
+            stage,
+            spacing,
+            f'{mean_loss:.4f}',
+            f'{mean_dice:.4f}',
+            f'{rate:.2e}',
+            f'{seconds:.2f}',
+        )
+        new = not self.path.exists()
+        with self.path.open('a', newline='') as f:
+            writer = csv.writer(f)
+            if new:
+                writer.writerow(_FIELDS)
+            writer.writerow(row)
+        print(' '.join(f'{k} {v}' for k, v in zip(_FIELDS, row, strict=True)), flush=True)
+        self.rows = []
+        self.began = time.monotonic()

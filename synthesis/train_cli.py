@@ -1,0 +1,166 @@
+"""`babyseg-train`: prepare label maps, train on them, and export weights."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from babyseg_bids import __version__
+from babyseg_bids.errors import BabySegError, InputError
+
+# Without these glibc returns every large tensor to the system and gets zeroed pages back for the
+# next one, which cost a quarter of a training step.
+MALLOC = {
+    'MALLOC_MMAP_THRESHOLD_': str(4 << 30),
+    'MALLOC_TRIM_THRESHOLD_': str(16 << 30),
+    'MALLOC_TOP_PAD_': str(256 << 20),
+}
+DEFAULT_STAGES = (
+    '4.0:40x48x40:2500:2',
+    '3.0:48x56x48:1500:2',
+    '2.0:64x80x64:1500:2',
+    '1.5:80x96x80:800:1',
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `babyseg-train`."""
+    parser = argparse.ArgumentParser(
+        prog='babyseg-train', description='Train babyseg on synthetic images of label maps.'
+    )
+    parser.add_argument('--version', action='version', version=f'babyseg {__version__}')
+    commands = parser.add_subparsers(dest='command', required=True)
+
+    prepare = commands.add_parser(
+        'prepare', help='read and clean label maps into the one file that training reads'
+    )
+    prepare.add_argument('label_maps', nargs='+', type=Path, help='1 mm label maps (NIfTI)')
+    prepare.add_argument('--out', type=Path, required=True, help='file to write (.npz)')
+
+    fit = commands.add_parser('fit', help='train; continues where an earlier call stopped')
+    fit.add_argument('maps', type=Path, help='file that `prepare` wrote')
+    fit.add_argument('--out', type=Path, required=True, help='folder for checkpoint and log')
+    fit.add_argument(
+        '--stage',
+        action='append',
+        metavar='SPACING:XxYxZ:STEPS:BATCH',
+        help=f'one stage, repeatable, coarse to fine (default: {" ".join(DEFAULT_STAGES)})',
+    )
+    fit.add_argument('--stop-at', type=int, help='stop at this step; a later call goes on')
+    fit.add_argument('--threads', type=int, default=2, help='of the network (default: 2)')
+    fit.add_argument('--workers', type=int, default=1, help='that draw images (default: 1)')
+    fit.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
+    fit.add_argument('--seed', type=int, default=0)
+    fit.add_argument(
+        '--include-held-out', action='store_true', help='train on the held-out children too'
+    )
+
+    evaluate = commands.add_parser(
+        'evaluate', help='Dice on synthetic scans of the held-out children'
+    )
+    evaluate.add_argument('maps', type=Path, help='file that `prepare` wrote')
+    evaluate.add_argument('--model', default='default', help='name or file (default: default)')
+    evaluate.add_argument('--samples', type=int, default=20, help='of each child (default: 20)')
+    evaluate.add_argument('--scans', type=int, default=1, choices=(1, 2, 3, 4))
+    evaluate.add_argument('--seed', type=int, default=0)
+    evaluate.add_argument('--out', type=Path, help='table to write (.tsv)')
+
+    export = commands.add_parser('export', help='write the averaged weights as a model file')
+    export.add_argument('folder', type=Path, help='folder of `fit`')
+    export.add_argument('--out', type=Path, required=True, help='file to write (.safetensors)')
+    export.add_argument('--name', default='default')
+    export.add_argument('--spacing', type=float, required=True, help='working voxel size, mm')
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `babyseg-train`; returns the exit code."""
+    args = build_parser().parse_args(arguments)
+    if args.command == 'fit' and not MALLOC.keys() <= os.environ.keys():
+        # The allocator reads its settings once, when a process starts.
+        command = [sys.executable, '-m', __name__, *(arguments or sys.argv[1:])]
+        os.execve(sys.executable, command, {**MALLOC, **os.environ})
+    commands = {
+        'prepare': _prepare,
+        'fit': _fit,
+        'evaluate': _evaluate,
+        'export': _export,
+    }
+    try:
+        commands[args.command](args)
+    except BabySegError as e:
+        print(f'babyseg-train: {e}', file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from babyseg_bids.synthesis.maps import prepare_map, save_maps
+
+    prepared = []
+    for path in args.label_maps:
+        prepared.append(prepare_map(path))
+        print(f'{path.name}: {prepared[-1].classes.shape}', flush=True)
+    save_maps(args.out, prepared)
+
+
+def _fit(args: argparse.Namespace) -> None:
+    import torch
+
+    from babyseg_bids.synthesis.maps import load_maps
+    from babyseg_bids.synthesis.train import HELD_OUT, Stage, Trainer, TrainingPlan
+
+    stages = tuple(Stage.parse(s) for s in args.stage or DEFAULT_STAGES)
+    plan = TrainingPlan(stages, seed=args.seed)
+    maps = load_maps(args.maps, exclude=() if args.include_held_out else HELD_OUT)
+    torch.set_num_threads(args.threads)
+    trainer = Trainer(plan, args.out, device=args.device)
+    print(f'{len(maps)} maps; step {trainer.step} of {plan.steps}', flush=True)
+    trainer.run(maps, workers=args.workers, stop=args.stop_at)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from babyseg_bids.network.weights import load_model
+    from babyseg_bids.synthesis.evaluate import evaluate, summarise
+    from babyseg_bids.synthesis.maps import load_maps
+    from babyseg_bids.synthesis.train import HELD_OUT
+
+    maps = [m for m in load_maps(args.maps) if m.name in HELD_OUT]
+    if not maps:
+        raise InputError(f'{args.maps} holds none of the held-out maps {", ".join(HELD_OUT)}.')
+    model = load_model(args.model)
+    dice = evaluate(model, maps, samples=args.samples, scans=args.scans, seed=args.seed)
+    print(summarise(dice).to_string())
+    if args.out:
+        dice.to_csv(args.out, sep='\t', index=False, na_rep='n/a', float_format='%.4f')
+
+
+def _export(args: argparse.Namespace) -> None:
+    import torch
+
+    from babyseg_bids.network.unet import GroupUNet, NetworkConfig
+    from babyseg_bids.network.weights import save_model
+
+    checkpoint = args.folder / 'checkpoint.pt'
+    if not checkpoint.exists():
+        raise InputError(f'{checkpoint} does not exist; train with `babyseg-train fit` first.')
+    state = torch.load(checkpoint, map_location='cpu', weights_only=True)
+    network = GroupUNet(NetworkConfig(**state['network_config']))
+    network.load_state_dict(state['averaged'])
+    training = {'steps': state['step'], 'stages': state['stages']}
+    save_model(
+        args.out,
+        network,
+        name=args.name,
+        version=__version__,
+        spacing=args.spacing,
+        training=training,
+    )
+    print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB')
+
+
+if __name__ == '__main__':
+    sys.exit(main())

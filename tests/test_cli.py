@@ -1,0 +1,422 @@
+"""The program `babyseg` as a user meets it: sentences, exit codes, tables, killed workers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from babyseg_bids import __version__, messages
+from babyseg_bids.cli import checks, crashes, progress, scratch
+from babyseg_bids.cli.run import main
+from babyseg_bids.errors import OutputError, UsageError
+from babyseg_bids.records import Age, LedgerRow, Scan, SessionInputs
+from babyseg_bids.settings import Settings
+
+
+def babyseg(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the program in a process of its own, as a user does."""
+    command = [sys.executable, '-m', 'babyseg_bids.cli.run', *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def one_sentence(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """The error that a run ended with, which is one line and no traceback."""
+    assert done.returncode == code, done.stderr
+    assert 'Traceback' not in done.stderr + done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith('babyseg: ')
+    return last
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A dataset of one subject whose only scan is not an image."""
+    root = tmp_path / 'data'
+    anat = root / 'sub-01' / 'anat'
+    anat.mkdir(parents=True)
+    description = {'Name': 'test', 'BIDSVersion': '1.10.0', 'DatasetType': 'raw'}
+    (root / 'dataset_description.json').write_text(json.dumps(description))
+    (anat / 'sub-01_T1w.nii.gz').write_text('this is not an image')
+    return root
+
+
+def session(subject: str, label: str | None = None, *, scans: int = 0) -> SessionInputs:
+    scan = Scan('/x/T1w.nii.gz', 'x/T1w.nii.gz', 'T1w')
+    ledger = (LedgerRow('anat/sub-x_T1w.nii.gz', 'T1w', 'rejected', 'it is not a NIfTI file'),)
+    return SessionInputs(subject, label, (scan,) * scans, Age(), () if scans else ledger)
+
+
+# What must not take long, and what is wrong before anything is read.
+
+
+def test_version_and_help_answer_at_once_and_succeed() -> None:
+    start = time.monotonic()
+    version, text = babyseg('--version'), babyseg('-h')
+    assert (version.returncode, version.stdout.strip()) == (0, f'babyseg {__version__}')
+    assert text.returncode == 0
+    assert '--participant-label' in text.stdout
+    # Two starts of Python: a slow machine needs a second, importing torch or PyBIDS many.
+    assert time.monotonic() - start < 4
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    code = 'import sys, babyseg_bids.cli.run; print(*sys.modules)'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    loaded = {name.split('.')[0] for name in done.stdout.split()}
+    heavy = {'numpy', 'nibabel', 'torch', 'nipype', 'bids', 'pandas', 'rich', 'ants', 'matplotlib'}
+    assert not loaded & heavy
+
+
+def test_no_arguments_show_the_usage() -> None:
+    assert 'BIDS_DIR OUTPUT_DIR' in one_sentence(babyseg(), 2)
+
+
+def test_a_wrong_path_is_named(tmp_path: Path) -> None:
+    last = one_sentence(babyseg(tmp_path / 'nowhere', tmp_path / 'out', 'participant'), 2)
+    assert str(tmp_path / 'nowhere') in last
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_file_instead_of_a_dataset_is_named(tmp_path: Path) -> None:
+    (tmp_path / 'file.nii').touch()
+    last = one_sentence(babyseg(tmp_path / 'file.nii', tmp_path / 'out', 'participant'), 2)
+    assert 'is a file' in last
+
+
+def test_a_dataset_without_images_gives_exit_code_3_and_leaves_no_folder(tmp_path: Path) -> None:
+    root = tmp_path / 'data'
+    root.mkdir()
+    (root / 'dataset_description.json').write_text('{"Name": "empty", "BIDSVersion": "1.10.0"}')
+    last = one_sentence(babyseg(root, tmp_path / 'out', 'participant'), 3)
+    assert str(root) in last
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_participant_who_does_not_exist_gives_exit_code_3(dataset: Path, tmp_path: Path) -> None:
+    done = babyseg(dataset, tmp_path / 'out', 'participant', '--participant-label', '99')
+    assert 'sub-01' in one_sentence(done, 3)
+
+
+def test_a_scan_that_is_not_an_image_is_named_with_the_reason(
+    dataset: Path, tmp_path: Path
+) -> None:
+    done = babyseg(dataset, tmp_path / 'out', 'participant')
+    last = one_sentence(done, 3)
+    assert 'sub-01_T1w.nii.gz' in last
+
+
+@pytest.mark.parametrize('where', ['file/out', 'file'])
+def test_an_output_folder_that_cannot_be_written_is_named(
+    dataset: Path, tmp_path: Path, where: str
+) -> None:
+    # Permissions do not stop root; a file where a folder should be stops everyone.
+    (tmp_path / 'file').touch()
+    last = one_sentence(babyseg(dataset, tmp_path / where, 'participant'), 2)
+    assert str(tmp_path / where) in last
+
+
+def test_results_never_go_among_the_raw_data(dataset: Path) -> None:
+    for output in (dataset, dataset / 'results', dataset / 'derivatives'):
+        with pytest.raises(UsageError, match='derivatives'):
+            checks.check_apart(output, dataset)
+    checks.check_apart(dataset / 'derivatives' / 'babyseg', dataset)
+    checks.check_apart(dataset.parent / 'data-results', dataset)
+
+
+def test_a_link_to_the_raw_data_is_seen_through(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / 'link').symlink_to(dataset)
+    with pytest.raises(UsageError):
+        checks.check_apart(tmp_path / 'link' / 'out', dataset)
+
+
+@pytest.mark.parametrize(
+    ('description', 'is_refused'),
+    [
+        ({'DatasetType': 'raw'}, True),
+        ({'Name': 'no type means raw'}, True),
+        ({'DatasetType': 'derivative', 'GeneratedBy': [{'Name': 'fMRIPrep'}]}, True),
+        ({'DatasetType': 'derivative', 'GeneratedBy': [{'Name': 'babyseg'}]}, False),
+    ],
+)
+def test_a_folder_that_belongs_to_other_data_is_not_written_into(
+    tmp_path: Path, description: dict[str, Any], is_refused: bool
+) -> None:
+    (tmp_path / 'dataset_description.json').write_text(json.dumps(description))
+    if is_refused:
+        with pytest.raises(UsageError, match='folder of its own'):
+            checks.check_ours(tmp_path)
+    else:
+        checks.check_ours(tmp_path)
+
+
+def test_the_write_test_leaves_nothing_behind(tmp_path: Path) -> None:
+    made = checks.check_writable(tmp_path / 'a' / 'b')
+    assert made == [tmp_path / 'a', tmp_path / 'a' / 'b']
+    assert list((tmp_path / 'a' / 'b').iterdir()) == []
+    checks.remove_empty(made)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_system_folder_that_takes_no_files_is_refused() -> None:
+    with pytest.raises(OutputError, match='/proc'):
+        checks.check_writable(Path('/proc/babyseg'))
+
+
+def test_a_missing_file_of_an_option_is_named(dataset: Path, tmp_path: Path) -> None:
+    for option in ('--use-plugin', '--model'):
+        words = (dataset, tmp_path / 'out', 'participant', option, tmp_path / 'no.yml')
+        assert f'{option}: the file' in one_sentence(babyseg(*words), 2)
+
+
+def test_the_group_level_needs_results_but_no_raw_data(tmp_path: Path) -> None:
+    done = babyseg(tmp_path / 'nowhere', tmp_path, 'group')
+    assert 'participant level first' in one_sentence(done, 3)
+
+
+def test_a_bug_becomes_one_sentence_and_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(_: Settings) -> int:
+        raise KeyError('oops')
+
+    monkeypatch.setattr('babyseg_bids.cli.participant.run_participant', broken)
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
+    (tmp_path / 'out').mkdir()
+    assert main([str(tmp_path), str(tmp_path / 'out'), 'participant']) == 1
+    said = capsys.readouterr().err
+    (file,) = (tmp_path / 'out' / 'logs').glob('crash-*.txt')
+    assert str(file) in said
+    assert len(said.splitlines()) == 1
+    assert 'KeyError' in file.read_text()
+
+
+def test_an_interruption_has_its_own_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: Settings) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('babyseg_bids.cli.participant.run_participant', interrupted)
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
+    assert main([str(tmp_path), str(tmp_path / 'out'), 'participant']) == 130
+    assert 'Interrupted' in capsys.readouterr().err
+
+
+# The work folder.
+
+
+def settings_in(folder: Path, **changes: Any) -> Settings:
+    return Settings(folder / 'in', folder / 'out', **changes)
+
+
+def test_the_default_work_folder_goes_after_success_and_stays_after_failure(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / 'out').mkdir()
+    settings = settings_in(tmp_path)
+    folder = scratch.prepare_scratch(settings)
+    (folder / 'cache').mkdir()
+    scratch.release_scratch(settings, [], success=False)
+    assert folder.is_dir()
+    scratch.prepare_scratch(settings)
+    scratch.release_scratch(settings, [], success=True)
+    assert not folder.exists()
+
+
+def test_a_run_that_ends_leaves_the_files_of_one_that_goes_on(tmp_path: Path) -> None:
+    first, second = settings_in(tmp_path), settings_in(tmp_path)
+    folder = scratch.prepare_scratch(first)
+    scratch.prepare_scratch(second)
+    for name in ('one', 'two'):
+        (folder / name).mkdir()
+    scratch.release_scratch(first, [folder / 'one'], success=True)
+    assert not (folder / 'one').exists()
+    assert (folder / 'two').is_dir()
+    scratch.release_scratch(second, [folder / 'two'], success=True)
+    assert not folder.exists()
+
+
+def test_a_work_folder_of_the_users_own_is_kept(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, work_dir=tmp_path / 'work')
+    scratch.prepare_scratch(settings)
+    scratch.release_scratch(settings, [], success=True)
+    assert (tmp_path / 'work').is_dir()
+
+
+def test_cleaning_deletes_only_what_babyseg_made(tmp_path: Path) -> None:
+    mine, theirs = tmp_path / 'mine', tmp_path / 'theirs'
+    theirs.mkdir()
+    (theirs / 'thesis.txt').touch()
+    with pytest.raises(UsageError, match='nothing was deleted'):
+        scratch.prepare_scratch(settings_in(tmp_path, work_dir=theirs, clean_workdir=True))
+    assert (theirs / 'thesis.txt').exists()
+    scratch.prepare_scratch(settings_in(tmp_path, work_dir=mine))
+    (mine / 'old').touch()
+    scratch.prepare_scratch(settings_in(tmp_path, work_dir=mine, clean_workdir=True))
+    assert not (mine / 'old').exists()
+
+
+# Crashes and progress.
+
+OURS = """Node: babyseg_wf.sub_01_wf.align
+Working directory: /w
+
+Node inputs:
+
+x = 1
+Traceback (most recent call last):
+  File "multiproc.py", line 66, in run_node
+    result["result"] = node.run(updatehash=updatehash)
+nipype.pipeline.engine.nodes.NodeExecutionError: Exception raised while executing Node align.
+
+Traceback:
+\tTraceback (most recent call last):
+\t  File "core.py", line 401, in run
+\t    runtime = self._run_interface(runtime)
+\tbabyseg_bids.errors.AlignmentError: The scans do not fit: look at them.
+
+
+When creating this crashfile, the results file corresponding
+to the node could not be found.
+"""
+
+
+def test_the_sentence_of_our_own_errors_stands_for_itself(tmp_path: Path) -> None:
+    crash = crashes.parse_crash(OURS, tmp_path)
+    assert crash.reason == 'The scans do not fit: look at them.'
+    assert crash.name == 'align'
+
+
+@pytest.mark.parametrize(
+    ('last', 'reason'),
+    [
+        ('ValueError: bad: shape\n\tmore: lines', 'ValueError: bad: shape'),
+        ('MemoryError', 'MemoryError'),
+        ('torch.cuda.OutOfMemoryError: CUDA out of memory.',
+         'OutOfMemoryError: CUDA out of memory.'),
+    ],
+)  # fmt: skip
+def test_other_errors_keep_their_name(last: str, reason: str) -> None:
+    ours = 'babyseg_bids.errors.AlignmentError: The scans do not fit: look at them.'
+    assert crashes.crash_reason(OURS.replace(ours, last)) == reason
+
+
+def test_steps_belong_to_the_session_with_the_longest_matching_name() -> None:
+    sessions = [session('1'), session('1', 'A'), session('10'), session('1', 'AB')]
+    names = {
+        'babyseg_wf.sub_1_wf.segment': 'sub-1',
+        'babyseg_wf.sub_1_ses_A_wf.segment': 'sub-1_ses-A',
+        'babyseg_wf.sub_10_wf.inner.segment': 'sub-10',
+        'babyseg_wf.session_sub_1_ses_AB_wf.align': 'sub-1_ses-AB',
+    }
+    found = {step: getattr(crashes.session_of(step, sessions), 'name', None) for step in names}
+    assert found == names
+    assert crashes.session_of('babyseg_wf.dataset', sessions) is None
+
+
+def test_a_session_is_over_when_all_its_steps_are_or_one_failed() -> None:
+    steps = [f'babyseg_wf.sub_{s}_wf.{n}' for s in '12' for n in ('align', 'segment', 'write')]
+    tracker = progress.Tracker([session('1'), session('2')], steps)
+    assert tracker.remaining() is None
+    assert [tracker.update(s, 'end') for s in steps[:3]] == [None, None, 'sub-1']
+    assert tracker.share == pytest.approx(0.5)
+    assert tracker.update(steps[3], 'start') is None
+    assert tracker.update(steps[3], 'exception') == 'sub-2'
+    # Nipype reports the end of some failed steps, too.
+    assert tracker.update(steps[3], 'end') is None
+    assert (tracker.over, tracker.failed) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ('seconds', 'text'),
+    [(0.2, '1 s'), (40, '40 s'), (720, '12 min'), (12000, '3 h 20 min')],
+)
+def test_durations_are_written_as_people_say_them(seconds: float, text: str) -> None:
+    assert progress.duration(seconds) == text
+
+
+# The pool of workers.
+
+
+def step_that_may_be_killed(name: str, folder: str) -> str:
+    """Nipype copies the source of this function, so that it imports what it needs."""
+    import os
+    import signal
+    import time
+    from pathlib import Path
+
+    Path(folder, f'{name}-{os.getpid()}').touch()
+    # Both have begun before one is killed, or a slow start would hide the other's second try.
+    while len(list(Path(folder).iterdir())) < 2:
+        time.sleep(0.05)
+    if name == 'victim':
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1)
+    return name
+
+
+def test_a_killed_worker_costs_its_own_session_only(tmp_path: Path) -> None:
+    """One step is killed by the system while another runs: that one gets a second try."""
+    script = tmp_path / 'run.py'
+    script.write_text(POOL_SCRIPT)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, 'PYTHONPATH': str(Path(__file__).parent)},
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report['statuses'] == {'sub_1': 'exception', 'sub_2': 'end'}
+    (crash,) = report['crashes']
+    assert crash['step'] == 'babyseg_wf.sub_1_wf.segment'
+    assert crash['reason'] == messages.memory_kill(3.0, 1.5, 'control group')
+
+
+POOL_SCRIPT = """
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ['NO_ET'] = '1'
+
+if __name__ == '__main__':
+    import nipype.pipeline.engine as pe
+    from nipype.interfaces.utility import Function
+    from test_cli import step_that_may_be_killed
+
+    from babyseg_bids.cli import crashes, environment, execution
+    from babyseg_bids.resources import Limit, Plan
+    from babyseg_bids.settings import Settings
+
+    folder = Path(sys.argv[1])
+    (folder / 'marks').mkdir()
+    settings = Settings(folder / 'in', folder / 'out', nprocs=2, mem_gb=8.0)
+    environment.configure_nipype(settings)
+    workflow = pe.Workflow('babyseg_wf', base_dir=str(folder / 'work'))
+    for number, name in ((1, 'victim'), (2, 'bystander')):
+        part = pe.Workflow(f'sub_{number}_wf')
+        step = pe.Node(
+            Function(['name', 'folder'], ['out'], function=step_that_may_be_killed), 'segment'
+        )
+        step.inputs.trait_set(name=name, folder=str(folder / 'marks'))
+        part.add_nodes([step])
+        workflow.add_nodes([part])
+    statuses = {}
+
+    def note(node, status, _result=None):
+        statuses[node.fullname.split('.')[1].removesuffix('_wf')] = status
+
+    limit = Limit(1.5, 'control group')
+    execution.run_workflow(workflow, settings, Plan(1, 2, 2), limit, note)
+    found = [{'step': c.step, 'reason': c.reason} for c in crashes.read_crashes(settings)]
+    print(json.dumps({'statuses': statuses, 'crashes': found}))
+"""

@@ -1,0 +1,231 @@
+import itertools
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from babyseg_bids.errors import InputError, ModelError, UsageError
+from babyseg_bids.labels import label_table
+from babyseg_bids.network import Model, choose_device, load_model, segment
+from babyseg_bids.network.grid import (
+    foreground_box,
+    from_grid,
+    onto_grid,
+    reference_box,
+    working_grid,
+)
+from babyseg_bids.network.inference import remove_islands
+from babyseg_bids.network.intensity import normalise
+from babyseg_bids.network.unet import GroupUNet, NetworkConfig
+from babyseg_bids.network.weights import save_model
+
+CODES = [
+    ''.join(c) for p in itertools.permutations(('LR', 'PA', 'IS')) for c in itertools.product(*p)
+]
+
+
+class SideNetwork(torch.nn.Module):
+    """Labels what is bright: left white matter left of the grid's middle, right on the right."""
+
+    def forward(self, x):
+        x = x.mean(1)
+        bright = 20 * (x - 0.5)
+        half = torch.arange(x.shape[1]) < x.shape[1] / 2
+        half = half.view(1, -1, 1, 1).expand_as(x)
+        logits = torch.full((len(x), len(label_table()), *x.shape[1:]), -30.0)
+        table = label_table().indices.tolist()
+        logits[:, 0] = -bright
+        logits[:, table.index(2)] = torch.where(half, bright, -30.0)
+        logits[:, table.index(41)] = torch.where(half, -30.0, bright)
+        return logits
+
+
+@pytest.fixture
+def sides():
+    return Model('sides', '0', SideNetwork(), label_table(), 2.0, 16, {})
+
+
+def phantom(spacing=2.0):
+    """A bright ellipsoid in RAS, larger on the left (x < 0), and its affine."""
+    size = (np.array([64, 72, 60]) / spacing).astype(int)
+    affine = np.diag([spacing] * 3 + [1.0])
+    affine[:3, 3] = -spacing * (size - 1) / 2
+    x, y, z = np.meshgrid(
+        *[affine[i, 3] + spacing * np.arange(s) for i, s in enumerate(size)], indexing='ij'
+    )
+    height = np.where(x < 0, 26, 18)
+    image = 100.0 * ((x / 24) ** 2 + (y / 28) ** 2 + (z / height) ** 2 < 1)
+    return image.astype(np.float32), affine
+
+
+def reorient(image, affine, codes):
+    picture = nib.Nifti1Image(image, affine)
+    transform = nib.orientations.ornt_transform(
+        nib.io_orientation(affine), nib.orientations.axcodes2ornt(codes)
+    )
+    picture = picture.as_reoriented(transform)
+    return np.asarray(picture.dataobj), picture.affine
+
+
+@pytest.mark.parametrize('codes', CODES)
+def test_left_stays_left_in_all_48_orientations(sides, codes):
+    image, affine = reorient(*phantom(), codes)
+    result = segment([(image, affine)], sides, device='cpu')
+    assert result.labels.shape == image.shape
+    for number, sign in ((2, -1), (41, 1)):
+        where = nib.affines.apply_affine(affine, np.argwhere(result.labels == number))
+        assert (sign * where[:, 0] > -1.01).all()
+    assert result.soft_volumes[2] > 1.2 * result.soft_volumes[41]
+
+
+def test_all_orientations_give_the_same_volumes(sides):
+    volumes = [
+        segment([reorient(*phantom(), codes)], sides, device='cpu').soft_volumes[2]
+        for codes in CODES
+    ]
+    assert max(volumes) / min(volumes) < 1.001
+
+
+@pytest.mark.parametrize('angle', [-25, 12, 30])
+@pytest.mark.parametrize('axis', [0, 1, 2])
+def test_left_stays_left_under_an_oblique_header(sides, axis, angle):
+    image, affine = phantom()
+    c, s = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
+    i, j = [a for a in range(3) if a != axis]
+    turn = np.eye(4)
+    turn[i, i] = turn[j, j] = c
+    turn[i, j], turn[j, i] = -s, s
+    straight = segment([(image, affine)], sides, device='cpu')
+    oblique = segment([(image, turn @ affine)], sides, device='cpu')
+    np.testing.assert_array_equal(straight.labels, oblique.labels)
+
+
+def test_the_label_map_follows_the_image_on_a_fine_anisotropic_grid(sides):
+    image, affine = phantom(1.0)
+    image, affine = image[:, ::3], affine @ np.diag([1, 3, 1, 1])
+    result = segment([(image, affine)], sides, device='cpu')
+    a, b = image > 50, result.labels > 0
+    assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.93
+
+
+def test_a_second_scan_on_another_grid_is_brought_onto_the_first(sides):
+    image, affine = phantom()
+    other, other_affine = reorient(*phantom(1.0), 'PIR')
+    one = segment([(image, affine)], sides, device='cpu')
+    two = segment([(image, affine), (other, other_affine)], sides, device='cpu')
+    assert (one.labels != two.labels).mean() < 0.01
+    assert two.scan_weights == (0.5, 0.5)
+
+
+def test_order_of_further_scans_changes_no_bit(sides):
+    rng = np.random.default_rng(0)
+    image, affine = phantom()
+    scans = [(image + rng.random(image.shape, np.float32), affine) for _ in range(4)]
+    a = segment(scans, sides, device='cpu')
+    b = segment([scans[0], *scans[:0:-1]], sides, device='cpu')
+    np.testing.assert_array_equal(a.uncertainty, b.uncertainty)
+
+
+def test_probabilities_agree_with_labels_volumes_and_uncertainty(sides):
+    image, affine = phantom()
+    result = segment([(image, affine)], sides, device='cpu', keep_probabilities=True)
+    p = result.probabilities.astype(np.float32)
+    np.testing.assert_allclose(p.sum(-1), 1, atol=0.01)
+    np.testing.assert_allclose(1 - p.max(-1), result.uncertainty, atol=0.01)
+    table = label_table().indices
+    agree = table[p.argmax(-1)] == result.labels
+    assert agree[result.uncertainty < 0.45].all()
+    np.testing.assert_allclose(
+        p[..., table.tolist().index(2)].sum() * 8, result.soft_volumes[2], rtol=0.01
+    )
+    total = sum(result.soft_volumes.values())
+    np.testing.assert_allclose(total, image.size * 8, rtol=1e-3)
+
+
+def test_confidence_is_the_mean_probability_inside_a_label(sides):
+    result = segment([phantom()], sides, device='cpu')
+    inside = result.labels == 2
+    expected = (1 - result.uncertainty[inside]).mean()
+    assert result.confidence[2] == pytest.approx(expected, abs=1e-4)
+    assert np.isnan(result.confidence[17])
+
+
+def test_bad_scans_are_refused(sides):
+    image, affine = phantom()
+    with pytest.raises(InputError, match='no scan'):
+        segment([], sides)
+    with pytest.raises(InputError, match='3-D'):
+        segment([(image[0], affine)], sides)
+    with pytest.raises(InputError, match='NaN'):
+        segment([(np.where(image > 0, np.nan, image), affine)], sides)
+
+
+def test_the_way_to_the_grid_and_back_recovers_a_smooth_image():
+    image, affine = phantom(1.0)
+    x = np.linspace(0, 3, image.shape[0])[:, None, None]
+    image = (np.sin(x) + np.zeros_like(image)).astype(np.float32)
+    image, affine = reorient(image, affine, 'SLP')
+    box = foreground_box(np.ones_like(image))
+    grid = working_grid(affine, box, spacing=1.5, multiple=8)
+    there = onto_grid(torch.from_numpy(image.copy()), affine, grid)
+    back = from_grid(there, grid, box).numpy()
+    inner = tuple(slice(6, -6) for _ in range(3))
+    np.testing.assert_allclose(back[inner], image[inner], atol=0.02)
+    whole = tuple(slice(0, s) for s in grid.size)
+    assert reference_box(whole, grid, image.shape) == box
+
+
+def test_normalise_ignores_masked_background():
+    x = torch.zeros(20, 20, 20)
+    x[5:15, 5:15, 5:15] = torch.linspace(50, 150, 1000).view(10, 10, 10)
+    y = normalise(x)
+    assert y[0, 0, 0] == 0 and y.max() == 1
+    assert y[5, 5, 5] == pytest.approx(50 / 150, abs=0.02)
+    assert (normalise(torch.full((4, 4, 4), 3.0)) == 0).all()
+    assert (normalise(torch.zeros(4, 4, 4)) == 0).all()
+
+
+def test_islands_go_to_the_background():
+    p = torch.zeros(3, 20, 20, 20)
+    p[0] = 1
+    for low, high in ((2, 12), (17, 18)):
+        p[:, low:high, low:high, low:high] = torch.tensor([0.0, 1, 0]).view(3, 1, 1, 1)
+    remove_islands(p)
+    assert p[0, 17, 17, 17] == 1 and p[1, 17, 17, 17] == 0
+    assert p[1].sum() == 1000
+
+
+def test_a_saved_model_loads_and_describes_itself(tmp_path):
+    config = NetworkConfig(labels=28, encoder=(2,), decoder=(2,))
+    path = tmp_path / 'tiny.safetensors'
+    network = GroupUNet(config)
+    save_model(path, network, name='tiny', version='1', spacing=2.5, training={'steps': 3})
+    model = load_model(path)
+    assert (model.name, model.spacing, model.multiple) == ('tiny', 2.5, 2)
+    assert model.training == {'steps': 3}
+    weight = network.enc[0][0].conv_b.weight
+    torch.testing.assert_close(model.network.enc[0][0].conv_b.weight, weight, atol=1e-3, rtol=0)
+
+
+def test_a_missing_or_damaged_model_is_named(tmp_path):
+    with pytest.raises(ModelError, match='no model'):
+        load_model('nothing-of-that-name')
+    bad = tmp_path / 'bad.safetensors'
+    bad.write_bytes(b'nonsense')
+    with pytest.raises(ModelError, match=r'bad\.safetensors cannot be read'):
+        load_model(bad)
+
+
+def test_the_shipped_model_has_all_labels():
+    model = load_model()
+    assert model.name == 'default'
+    assert model.network.config.labels == len(label_table()) == 28
+
+
+def test_an_absent_device_is_refused_with_the_option_to_change():
+    assert choose_device('cpu') == 'cpu'
+    with pytest.raises(UsageError, match='--device'):
+        choose_device('cuda:99')
+    with pytest.raises(UsageError, match='abacus'):
+        choose_device('abacus')

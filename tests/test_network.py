@@ -1,0 +1,128 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from babyseg_bids.errors import ModelError
+from babyseg_bids.network.layers import GroupConv, InstanceNorm, concatenate, max_pool, upsample
+from babyseg_bids.network.unet import GroupUNet, NetworkConfig, official_network, rescale
+
+VECTORS = Path(__file__).parents[2] / 'shared' / 'vectors'
+needs_vectors = pytest.mark.skipif(not VECTORS.is_dir(), reason='no official vectors here')
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(1)
+
+
+def small(dim=2, **kwargs):
+    config = NetworkConfig(labels=4, encoder=(4, 6), decoder=(6, 5), head=(4,), dim=dim, **kwargs)
+    return GroupUNet(config).eval()
+
+
+@pytest.mark.parametrize('dim', [1, 2, 3])
+def test_group_convolution_follows_its_definition(dim):
+    layer = GroupConv(dim, 3, 5)
+    x = torch.randn(2, 3, 3, *[7] * dim)
+    mean = layer.conv_m(x.mean(1))
+    for g in range(3):
+        expected = (layer.conv_b(x[:, g]) + mean) / 2
+        torch.testing.assert_close(layer(x)[:, g], expected)
+
+
+def test_one_scan_is_treated_as_two_copies_of_it():
+    layer = GroupConv(3, 2, 3)
+    x = torch.randn(1, 1, 2, 5, 6, 7)
+    torch.testing.assert_close(layer(x), layer(x.expand(1, 2, -1, -1, -1, -1))[:, :1])
+
+
+def test_instance_norm_gives_each_scan_and_channel_zero_mean_and_unit_deviation():
+    x = 5 + 3 * torch.randn(2, 3, 4, 9, 8, 7)
+    y = InstanceNorm(4)(x)
+    torch.testing.assert_close(y.mean((3, 4, 5)), torch.zeros(2, 3, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        y.std((3, 4, 5), unbiased=False), torch.ones(2, 3, 4), atol=1e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize('dim', [2, 3])
+def test_pooling_and_upsampling_keep_scans_and_channels(dim):
+    x = torch.randn(2, 3, 4, *[8] * dim)
+    assert max_pool(x).shape == (2, 3, 4, *[4] * dim)
+    assert upsample(x).shape == (2, 3, 4, *[16] * dim)
+    assert concatenate(x, x[:, :, :1]).shape == (2, 3, 5, *[8] * dim)
+
+
+@pytest.mark.parametrize('dim', [2, 3])
+@pytest.mark.parametrize('scans', [1, 2, 4])
+def test_network_gives_logits_for_any_number_of_scans(dim, scans):
+    y = small(dim)(torch.rand(2, scans, *[8] * dim))
+    assert y.shape == (2, 4, *[8] * dim)
+    assert y.isfinite().all()
+
+
+def test_order_and_repetition_of_scans_do_not_matter():
+    network = small(3)
+    x = torch.rand(1, 3, 8, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(network(x), network(x[:, [2, 0, 1]]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(network(x), network(torch.cat([x, x], 1)), atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_reach_every_parameter():
+    network = small(2).train()
+    network(torch.rand(1, 2, 8, 8)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_layers_keep_the_channels_last_layout():
+    network = small(3).to(memory_format=torch.channels_last_3d)
+    layouts = []
+    for module in network.modules():
+        if isinstance(module, InstanceNorm):
+            module.register_forward_hook(lambda *call: layouts.append(call[2].flatten(0, 1)))
+    network(torch.rand(2, 1, 16, 16, 16))
+    assert all(x.is_contiguous(memory_format=torch.channels_last_3d) for x in layouts)
+
+
+def test_a_size_that_does_not_fit_is_named():
+    with pytest.raises(ModelError, match=r'multiples of 4, not \(6, 8\)'):
+        small(2)(torch.rand(1, 1, 6, 8))
+
+
+def test_unequal_encoder_and_decoder_are_refused():
+    with pytest.raises(ModelError, match='2 encoder but 1 decoder'):
+        NetworkConfig(labels=2, encoder=(1, 2), decoder=(1,))
+
+
+def test_official_rescaling_maps_quantiles_to_zero_and_one():
+    x = torch.arange(101.0).view(1, 1, 101)
+    y = rescale(x)
+    assert y[0, 0, 1] == 0 and y[0, 0, 99] == 1
+    assert y.min() == 0 and y.max() == 1
+    torch.testing.assert_close(y[0, 0, 50], torch.tensor(0.5))
+    assert (rescale(torch.full((1, 1, 9), 7.0)) == 0).all()
+
+
+def test_official_weights_of_another_shape_are_refused():
+    config = {'dim': 2, 'out': 3, 'enc': [1, 4], 'dec': [4, 4], 'add': [], 'rep': 2}
+    with pytest.raises(ModelError, match='do not fit'):
+        official_network(config, {'enc.0.0.conv_b.weight': torch.zeros(1)})
+
+
+@needs_vectors
+@pytest.mark.parametrize(
+    ('file', 'pairs'),
+    [
+        ('small_scaled_vector.pt', [('input_G1', 'output_G1'), ('input_G3', 'output_G3')]),
+        ('small2d_vector.pt', [('input', 'output')]),
+    ],
+)
+def test_official_weights_give_the_official_outputs(file, pairs):
+    vector = torch.load(VECTORS / file, weights_only=False)
+    network = official_network(vector['config'], vector['state_dict'])
+    with torch.inference_mode():
+        for given, expected in pairs:
+            difference = (network(vector[given]) - vector[expected]).abs().max()
+            assert difference < 1e-5

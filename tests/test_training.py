@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+import torch
+from test_synthesis import phantom
+
+from babyseg_bids.errors import InputError, UsageError
+from babyseg_bids.network import load_model
+from babyseg_bids.network.unet import NetworkConfig
+from babyseg_bids.synthesis.losses import dice_cross_entropy, hard_dice
+from babyseg_bids.synthesis.maps import save_maps
+from babyseg_bids.synthesis.train import Stage, SyntheticBatches, Trainer, TrainingPlan
+from babyseg_bids.synthesis.train_cli import main
+
+NETWORK = NetworkConfig(labels=28, encoder=(4, 4), decoder=(4, 4))
+PLAN = TrainingPlan(
+    (Stage(5.0, (16, 16, 16), 4, 1), Stage(4.0, (16, 16, 16), 4, 1)), network=NETWORK, warmup=2
+)
+
+
+def reference_loss(logits, target):
+    """The loss as automatic differentiation sees it."""
+    p = logits.softmax(1).movedim(1, -1).reshape(-1, logits.shape[1])
+    one_hot = torch.nn.functional.one_hot(target.reshape(-1), logits.shape[1])
+    count = one_hot.sum(0)
+    dice = (2 * (p * one_hot).sum(0) + 1) / (p.sum(0) + count + 1)
+    cross_entropy = -(p * one_hot).sum(1).log().mean()
+    return cross_entropy + (1 - dice)[count > 0].mean()
+
+
+def test_loss_and_its_gradient_agree_with_automatic_differentiation():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 6, 5, 7, requires_grad=True)
+    target = torch.randint(0, 5, (2, 5, 7))  # Label 5 is absent.
+    ours, theirs = dice_cross_entropy(logits, target), reference_loss(logits, target)
+    torch.testing.assert_close(ours, theirs)
+    (a,), (b,) = (torch.autograd.grad(loss, logits) for loss in (ours, theirs))
+    torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+
+
+def test_a_perfect_prediction_costs_next_to_nothing():
+    target = torch.randint(0, 4, (1, 8, 8))
+    logits = 30 * torch.nn.functional.one_hot(target, 4).movedim(-1, 1).float()
+    assert dice_cross_entropy(logits, target) < 1e-3
+
+
+def test_hard_dice_counts_overlap():
+    a = torch.tensor([0, 1, 1, 2])
+    b = torch.tensor([0, 1, 2, 2])
+    dice = hard_dice(a, b, classes=4)
+    np.testing.assert_allclose(dice[:3], [1, 2 / 3, 2 / 3], rtol=1e-6)
+    assert dice[3].isnan()
+
+
+def test_stages_are_read_and_wrong_ones_named():
+    assert Stage.parse('2.0:64x80x64:10:2') == Stage(2.0, (64, 80, 64), 10, 2)
+    with pytest.raises(UsageError, match=r'2\.0:64:10'):
+        Stage.parse('2.0:64:10')
+
+
+def test_the_rate_warms_up_and_ends_at_zero():
+    rates = [PLAN.rate_at(s) for s in range(PLAN.steps + 1)]
+    assert rates[0] == PLAN.rate / 2 and rates[2] == PLAN.rate
+    assert rates[-1] == pytest.approx(0)
+    assert [PLAN.stage_at(s) for s in (0, 3, 4, 7)] == [0, 0, 1, 1]
+
+
+def test_the_same_step_draws_the_same_batch():
+    maps = [phantom(3)]
+    a = SyntheticBatches(maps, PLAN, 0, 8)[3]
+    b = SyntheticBatches(maps, PLAN, 3, 8)[0]
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path):
+    maps = [phantom(3)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        whole = Trainer(PLAN, tmp_path / 'whole')
+        whole.run(maps, workers=0)
+        Trainer(PLAN, tmp_path / 'parts').run(maps, workers=0, stop=3)
+        resumed = Trainer(PLAN, tmp_path / 'parts')
+        assert resumed.step == 3
+        resumed.run(maps, workers=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert resumed.step == whole.step == 8
+    for a, b in zip(whole.averaged.parameters(), resumed.averaged.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    Trainer(PLAN, tmp_path).save()
+    other = TrainingPlan(PLAN.stages, network=NetworkConfig(labels=28, encoder=(2,), decoder=(2,)))
+    with pytest.raises(InputError, match='another network'):
+        Trainer(other, tmp_path)
+
+
+def test_training_lowers_the_loss():
+    torch.manual_seed(0)
+    from babyseg_bids.network.unet import GroupUNet
+
+    images, target = SyntheticBatches([phantom(3)], PLAN, 0, 8)[0]
+    network = GroupUNet(NETWORK)
+    optimiser = torch.optim.Adam(network.parameters(), lr=0.01)
+    losses = []
+    for _ in range(30):
+        loss = dice_cross_entropy(network(images), target)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_the_command_trains_and_exports_a_model_that_loads(tmp_path, monkeypatch):
+    for name in ('MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_', 'MALLOC_TOP_PAD_'):
+        monkeypatch.setenv(name, '1000000')
+    maps = tmp_path / 'maps.npz'
+    save_maps(maps, [phantom(3)])
+    run = tmp_path / 'run'
+    threads = str(torch.get_num_threads())
+    assert (
+        main(
+            [
+                'fit',
+                str(maps),
+                '--out',
+                str(run),
+                '--stage',
+                '6.0:16x16x16:2:1',
+                '--threads',
+                threads,
+                '--workers',
+                '0',
+            ]
+        )
+        == 0
+    )
+    out = tmp_path / 'model.safetensors'
+    assert main(['export', str(run), '--out', str(out), '--name', 'x', '--spacing', '6']) == 0
+    assert load_model(out).training['steps'] == 2
+    assert main(['export', str(tmp_path), '--out', str(out), '--spacing', '6']) == 1

@@ -15,12 +15,11 @@ SKIPPED = 'done before'
 TO_DO = 'to do'
 DONE = 'done'
 FAILED = 'failed'
+NO_RESULTS_YET = 'It has no results yet. Run without --reports-only.'
 NOT_RUN = 'It did not run: the run ended before its turn.'
 NO_REASON = 'Its outputs are incomplete and no crash was recorded; add -v to see the log.'
 
 NO_RESOURCE_RECORD = 'Nipype recorded no use of resources: it does so only when no step fails.'
-
-SHORT_USAGE = 'Usage: babyseg BIDS_DIR OUTPUT_DIR participant|group [options]; see babyseg -h.'
 
 
 def nearest(word: str, candidates: Iterable[str], /) -> str:
@@ -29,9 +28,9 @@ def nearest(word: str, candidates: Iterable[str], /) -> str:
     return f' Did you mean {matches[0]}?' if matches else ''
 
 
-def unknown_option(option: str, candidates: Iterable[str], /) -> str:
+def unknown_option(option: str, known: Iterable[str], /, *, program: str = 'babyseg') -> str:
     """An option that does not exist."""
-    return f'There is no option {option}.{nearest(option, candidates)} See babyseg -h.'
+    return f'There is no option {option}.{nearest(option, known)} See {program} -h.'
 
 
 def unknown_key(path: Path, key: str, candidates: Iterable[str], /) -> str:
@@ -76,6 +75,21 @@ def output_unwritable(path: Path, reason: str, /) -> str:
     return f'Cannot write to {path} ({reason}). Choose another folder or change its permissions.'
 
 
+def image_missing(path: Path, /) -> str:
+    """An image is not where the user says."""
+    return f'The image {path} does not exist. Check the path.'
+
+
+def image_unusable(path: Path, reason: str, /) -> str:
+    """An image that cannot be segmented."""
+    return f'{path} cannot be used: {reason.rstrip(".")}.'
+
+
+def exists(path: Path, /) -> str:
+    """A result is there already."""
+    return f'{path} exists already. Add --overwrite to replace it, or choose another folder.'
+
+
 def output_in_input(output: Path, bids: Path, what: str, /) -> str:
     """Results would be mixed into the raw data."""
     return (
@@ -98,6 +112,11 @@ def results_missing(path: Path, /) -> str:
         f'The folder of results {path} does not exist. Give the output folder of the participant '
         'level.'
     )
+
+
+def results_unreadable(path: Path, reason: str, /) -> str:
+    """Results that a report cannot be made of."""
+    return f'The results beside {path} are incomplete ({reason}). Run again with --overwrite.'
 
 
 def no_results(path: Path, /) -> str:
@@ -154,6 +173,12 @@ def resources(cpus: int, mem_gb: float, cpu_source: str, mem_source: str, /) -> 
     )
 
 
+def shares(at_once: int, threads: int, /) -> str:
+    """How the sessions share the machine."""
+    sessions = 'One session at a time' if at_once == 1 else f'{at_once} sessions at a time'
+    return f'{sessions}, with {threads} {"thread" if threads == 1 else "threads"} each.'
+
+
 def little_memory(mem_gb: float, need_gb: float, /) -> str:
     """Less memory than one session needs."""
     return (
@@ -180,11 +205,21 @@ def worker_died(exit_code: int, /) -> str:
     )
 
 
+def boilerplate(path: Path, /) -> str:
+    """Where the methods text is."""
+    return f'Methods text: {path}; references: {path.with_suffix(".bib")}'
+
+
 def unexpected(error: BaseException, crash_file: Path | None, /) -> str:
     """A bug."""
     what = f'{type(error).__name__}: {first_line(str(error))}'.rstrip(': ')
     where = f'The details are in {crash_file}; please' if crash_file else 'Please'
     return f'Something unexpected went wrong ({what}). {where} report it.'
+
+
+def missing(arguments: str, usage: str, /) -> str:
+    """Arguments that are required."""
+    return f'Missing: {arguments}. {usage}'
 
 
 def summary(done: int, skipped: int, empty: int, failed: int, output: Path, /) -> str:

@@ -34,7 +34,7 @@ _TUPLES = ('participants', 'sessions', 'contrasts', 'output_spaces')
 
 def new_run_uuid() -> str:
     """Time and a random part, so that runs sort by time and never collide."""
-    return f'{strftime("%Y%m%d-%H%M%S")}_{uuid.uuid4()}'
+    return f'{strftime("%Y%m%d-%H%M%S")}_{uuid.uuid4().hex[:8]}'
 
 
 def _plain(value: Any) -> Any:

@@ -20,26 +20,31 @@ pip() {
     "$python" -m pip --disable-pip-version-check "$@"
 }
 
-# True if the installed torch has the pinned version and is of the flavour that was asked for.
-has_torch() {
-    "$python" - "$torch" "$flavour" <<'PY'
+# Say which torch is installed: none, other (not the pinned version), cpu or cuda.
+installed() {
+    "$python" - "$torch" <<'PY'
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 
-pin, flavour = sys.argv[1].split('==')[1], sys.argv[2]
 try:
     public, _, local = version('torch').partition('+')
 except PackageNotFoundError:
-    sys.exit(1)
-# Outside Linux there is one build only, and it names no CUDA library.
-lean = local == 'cpu' or not any('nvidia' in r or 'cuda' in r for r in requires('torch') or ())
-sys.exit(not (public == pin and (lean or flavour == 'cuda')))
+    print('none')
+    sys.exit()
+if public != sys.argv[1].split('==')[1]:
+    print('other')
+# Outside Linux there is one build only; it names no CUDA library and is what `cpu` means there.
+elif local == 'cpu' or not any('nvidia' in r or 'cuda' in r for r in requires('torch') or ()):
+    print('cpu')
+else:
+    print('cuda')
 PY
 }
 
+now=$(installed)
 case $flavour in
 cpu)
-    if has_torch; then
+    if [ "$now" = cpu ]; then
         echo "torch: already there"
     elif [ "$(uname -s)" != Linux ]; then
         pip install --no-deps "$torch"
@@ -48,10 +53,12 @@ cpu)
     else
         index=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
         echo "torch: the CPU build is not in pip's own index, taking it from $index"
-        pip install --no-deps --index-url "$index" "$torch"
+        pip install --no-deps --force-reinstall --index-url "$index" "$torch"
     fi
     ;;
 cuda)
+    # To pip the CPU build is the same version, so it would stay.
+    [ "$now" != cpu ] || pip uninstall --yes torch
     # Its CUDA libraries differ by platform, so they are left to the pins inside torch.
     pip install --constraint "$here/lock.txt" "$torch"
     ;;

@@ -179,7 +179,7 @@ class Trainer:
         self.optimiser.load_state_dict(state['optimiser'])
         self.step = state['step']
 
-    def save(self) -> None:
+    def save(self, name: str = 'checkpoint.pt') -> None:
         """Write the state; a kill at any moment leaves the old or the new one."""
         state = {
             'network': self.network.state_dict(),
@@ -189,9 +189,9 @@ class Trainer:
             'network_config': self.plan.network.to_dict(),
             'stages': [asdict(s) for s in self.plan.stages],
         }
-        temporary = self.checkpoint.with_suffix('.tmp')
+        temporary = self.folder / f'{name}.tmp'
         torch.save(state, temporary)
-        temporary.replace(self.checkpoint)
+        temporary.replace(self.folder / name)
 
     def train_step(self, images: Tensor, target: Tensor, /) -> tuple[float, float]:
         """One optimiser step on (B, G, *size) and (B, *size); loss and mean hard Dice (or NaN)."""
@@ -242,9 +242,10 @@ class Trainer:
             rate = self.plan.rate_at(self.step)
             loss, dice = self.train_step(images, target)
             log.add(self.step, stage, self.plan.stages[stage].spacing, loss, dice, rate)
-            if self.step % save_every == 0:
+            if self.step % save_every == 0 or self.step == end:
                 self.save()
-        self.save()
+            if self.plan.stage_at(self.step) != stage:
+                self.save(f'stage-{stage}.pt')
 
 
 class _Log:

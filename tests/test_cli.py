@@ -7,15 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from babyseg_bids import __version__, messages
-from babyseg_bids.cli import checks, crashes, progress, scratch
+from babyseg_bids.cli import checks, crashes, progress, scratch, tables, verdicts
 from babyseg_bids.cli.run import main
-from babyseg_bids.errors import OutputError, UsageError
-from babyseg_bids.records import Age, LedgerRow, Scan, SessionInputs
+from babyseg_bids.errors import NoInputError, OutputError, UsageError
+from babyseg_bids.records import Age, Flag, LedgerRow, Scan, SessionInputs
 from babyseg_bids.settings import Settings
 
 
@@ -260,6 +261,120 @@ def test_cleaning_deletes_only_what_babyseg_made(tmp_path: Path) -> None:
     (mine / 'old').touch()
     scratch.prepare_scratch(settings_in(tmp_path, work_dir=mine, clean_workdir=True))
     assert not (mine / 'old').exists()
+
+
+# What became of each session.
+
+
+@pytest.fixture
+def out_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which a session is done when it has a ledger, whatever is in it."""
+
+    def is_done(session: SessionInputs, out_dir: Path, _: Settings) -> bool:
+        return verdicts.stamp(session, out_dir) > 0
+
+    fake = SimpleNamespace(is_done=is_done)
+    monkeypatch.setitem(sys.modules, 'babyseg_bids.outputs', fake)
+    (tmp_path / 'out').mkdir()
+    return tmp_path / 'out'
+
+
+def complete(session: SessionInputs, out_dir: Path) -> None:
+    """Write what is written last."""
+    folder = out_dir.joinpath(*session.name.split('_'), 'anat')
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f'{session.name}_desc-inputs_ledger.json').write_text('{}')
+
+
+def judged(
+    sessions: list[SessionInputs], settings: Settings, before: dict[str, int] | None = None
+) -> list[verdicts.Verdict]:
+    fates: dict[str, verdicts.Fate] = {
+        s.name: 'to do' if s.scans else 'no usable image' for s in sessions
+    }
+    stamps = {s.name: 0 for s in sessions} | (before or {})
+    return verdicts.judge(sessions, fates, stamps, settings)
+
+
+def concluded(sessions: list[SessionInputs], settings: Settings) -> int:
+    console = progress.error_console()
+    return verdicts.conclude(sessions, judged(sessions, settings), settings, console)
+
+
+def test_a_session_with_its_files_is_done_and_one_without_has_failed(out_dir: Path) -> None:
+    sessions = [session('1', scans=1), session('2', 'A', scans=1)]
+    settings = settings_in(out_dir.parent)
+    complete(sessions[1], out_dir)
+    assert [v.fate for v in judged(sessions, settings)] == ['failed', 'done']
+    assert concluded(sessions, settings) == 1
+    complete(sessions[0], out_dir)
+    assert concluded(sessions, settings) == 0
+
+
+def test_old_files_do_not_hide_that_an_overwriting_run_failed(out_dir: Path) -> None:
+    one = session('1', scans=1)
+    complete(one, out_dir)
+    before = {one.name: verdicts.stamp(one, out_dir)}
+    (verdict,) = judged([one], settings_in(out_dir.parent, overwrite=True), before)
+    assert verdict.fate == 'failed'
+
+
+def test_a_failure_is_explained_by_the_first_crash_of_this_run(
+    out_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = session('01', scans=1)
+    settings = settings_in(out_dir.parent)
+    day = int(settings.run_uuid.split('-')[0])
+    later = OURS.replace('AlignmentError: The', 'AlignmentError: Later, the')
+    for run, when, text in (
+        ('an-older-run', day + 1, OURS.replace('fit', 'exist')),
+        (settings.run_uuid, day + 1, OURS),
+        (settings.run_uuid, day + 2, later),
+    ):
+        folder = out_dir / 'sub-01' / 'log' / run
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f'crash-{when}-120000-me-align-x.txt').write_text(text)
+    (verdict,) = judged([one], settings)
+    assert verdict.reason == 'The scans do not fit: look at them. (step align)'
+    assert concluded([one], settings) == 1
+    assert str(verdict.crash_file) in capsys.readouterr().out
+
+
+def test_sessions_without_images_do_not_fail_a_run_that_has_others(out_dir: Path) -> None:
+    sessions = [session('1', scans=1), session('2')]
+    complete(sessions[0], out_dir)
+    assert concluded(sessions, settings_in(out_dir.parent)) == 0
+
+
+def test_a_participant_asked_for_by_name_who_has_nothing_fails_the_run(out_dir: Path) -> None:
+    sessions = [session('1', scans=1), SessionInputs('99', None, (), Age())]
+    complete(sessions[0], out_dir)
+    assert concluded(sessions, settings_in(out_dir.parent)) == 0
+    assert concluded(sessions, settings_in(out_dir.parent, participants=('1', '99'))) == 1
+
+
+def test_without_one_usable_image_there_was_no_input(out_dir: Path) -> None:
+    with pytest.raises(NoInputError, match='not a NIfTI'):
+        concluded([session('1'), session('2')], settings_in(out_dir.parent))
+
+
+def test_the_plan_shows_every_image_with_its_use_and_reason(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = (
+        LedgerRow('sub-1/anat/sub-1_run-2_T1w.nii.gz', 'T1w', 'reference', 'the finest'),
+        LedgerRow('sub-1/anat/sub-1_run-1_T1w.nii.gz', 'T1w', 'rejected', 'it is [bold] empty'),
+    )
+    one = SessionInputs('1', None, (), Age(6.5), rows, (Flag('x', 'warning', 'odd [age]'),))
+    fates: dict[str, verdicts.Fate] = {'sub-1': 'to do', 'sub-2': 'no usable image'}
+    console = tables.console()
+    console.print(tables.plan_table([one, SessionInputs('2', None, (), Age())], fates))
+    for line in tables.notes([one], everything=False):
+        tables.print_line(console, line)
+    said = capsys.readouterr().out
+    for text in ('sub-1_run-2_T1w.nii.gz', 'reference', 'the finest', '6.5 months', 'rejected',
+                 'it is [bold] empty', 'odd [age]', messages.NO_ANATOMICAL):  # fmt: skip
+        assert text in said
 
 
 # Crashes and progress.

@@ -76,6 +76,21 @@ def test_gradients_reach_every_parameter():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
+@pytest.mark.parametrize(('batch', 'scans'), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_gradients_do_not_depend_on_the_memory_layout(batch, scans):
+    # Some of torch's layers go wrong here without a word, and training collapses.
+    x = torch.rand(batch, scans, 16, 16, 16)
+    target = torch.randint(0, 4, (batch, 16, 16, 16))
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        torch.manual_seed(2)
+        network = small(3).to(memory_format=layout)
+        torch.nn.functional.cross_entropy(network(x), target).backward()
+        gradients.append([p.grad for p in network.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+
+
 def test_layers_keep_the_channels_last_layout():
     network = small(3).to(memory_format=torch.channels_last_3d)
     layouts = []

@@ -1,5 +1,6 @@
 """The package is complete, wherever it is installed from, and its papers agree with each other."""
 
+import ast
 import configparser
 import re
 import subprocess
@@ -7,7 +8,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
-from importlib.metadata import entry_points, metadata, requires, version
+from importlib.metadata import entry_points, metadata, packages_distributions, requires, version
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 
@@ -139,6 +140,22 @@ def test_every_dependency_is_pinned_inside_the_range_that_setup_cfg_allows(root:
     for requirement in requirements():
         pinned = locked[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(pinned), f'{requirement} but {pinned}'
+
+
+def test_every_library_that_is_imported_is_a_declared_dependency(root: Path) -> None:
+    imported = set()
+    for folder in FOLDERS:
+        for path in (root / folder).rglob('*.py'):
+            for node in ast.walk(ast.parse(path.read_text('utf-8'))):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.partition('.')[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    imported.add(node.module.partition('.')[0])
+    foreign = imported - set(sys.stdlib_module_names) - {'babyseg_bids'}
+    declared = {canonicalize_name(requirement.name) for requirement in requirements()}
+    owners = packages_distributions()
+    missing = {m for m in foreign if not declared & {canonicalize_name(d) for d in owners[m]}}
+    assert not missing
 
 
 @pytest.mark.parametrize('extra', ['test', 'docs'])

@@ -101,7 +101,9 @@ def build(sessions: Sequence[SessionInputs], settings: Settings, /) -> Any:
         session = session_of(node.fullname, sessions)
         if session is not None:
             folder = log_folder(session, settings)
-            node.config['execution'] |= {'crashdump_dir': str(folder)}
+            own = node.config or {}
+            places = {**own.get('execution', {}), 'crashdump_dir': str(folder)}
+            node.config = {**own, 'execution': places}
     return workflow
 
 

@@ -17,8 +17,11 @@ def run_group(settings: Settings, /) -> int:
     checks.check_results(settings.output_dir)
     checks.check_writable(settings.output_dir)
     prepare_environment(settings)
-    from babyseg_bids.reports.group import write_group
+    from babyseg_bids.cli.scratch import scratch_folder
 
-    write_group(settings.output_dir)
+    with scratch_folder(settings):
+        from babyseg_bids.reports.group import write_group
+
+        write_group(settings.output_dir)
     error_console().print(f'Group tables and page: {settings.output_dir / "group.html"}')
     return 0

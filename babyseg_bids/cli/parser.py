@@ -37,10 +37,14 @@ FIELDS = {option: name for name, option in OPTIONS.items()}
 class Parser(argparse.ArgumentParser):
     """A parser that raises `UsageError` instead of printing its whole usage and exiting."""
 
+    def short_usage(self) -> str:
+        """The usage as a part of a sentence."""
+        return f'Usage: {self.usage}; see {self.prog} -h.'
+
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one sentence, with a hint."""
         if 'arguments are required' in message:
-            raise UsageError(f'Missing: {message.rpartition(": ")[2]}. {messages.SHORT_USAGE}')
+            raise UsageError(messages.missing(message.rpartition(': ')[2], self.short_usage()))
         message = message.removeprefix('argument ')
         raise UsageError(message if message.endswith('?') else f'{message}.')
 
@@ -55,7 +59,7 @@ def build_parser(*, positionals: bool = True) -> Parser:
         prog='babyseg',
         description=DESCRIPTION,
         epilog=EPILOG,
-        usage='babyseg bids_dir output_dir {participant,group} [options]',
+        usage='babyseg BIDS_DIR OUTPUT_DIR participant|group [options]',
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -308,7 +312,7 @@ def parse_given(argv: Sequence[str], *, positionals: bool = True) -> dict[str, A
     given, rest = parser.parse_known_args(words)
     if rest:
         raise UsageError(
-            f'Not understood: {" ".join(rest)}. {messages.SHORT_USAGE} '
+            f'Not understood: {" ".join(rest)}. {parser.short_usage()} '
             'Paths with blanks need quotes.'
         )
     return _fields(vars(given))

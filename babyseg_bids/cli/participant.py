@@ -9,7 +9,7 @@ from babyseg_bids import messages
 from babyseg_bids.cli import checks
 from babyseg_bids.cli.environment import prepare_environment
 from babyseg_bids.cli.progress import Progress, Tracker, error_console
-from babyseg_bids.cli.scratch import prepare_scratch, release_scratch
+from babyseg_bids.cli.scratch import prepare_scratch, release_scratch, scratch_folder
 from babyseg_bids.cli.verdicts import Fate, conclude, judge, stamp
 from babyseg_bids.errors import NoInputError
 from babyseg_bids.records import SessionInputs
@@ -44,10 +44,9 @@ def _run(settings: Settings, out: Console) -> int:
     if settings.dry_run:
         _show_plan(sessions, fates, settings)
         return 0
-    if settings.boilerplate_only:
-        return _boilerplate(sessions, settings, out)
-    if settings.reports_only:
-        return _reports(sessions, settings, out)
+    if settings.boilerplate_only or settings.reports_only:
+        with scratch_folder(settings):
+            return _write_texts(sessions, settings, out)
     to_do = [s for s in sessions if fates[s.name] == messages.TO_DO]
     before = {s.name: stamp(s, settings.output_dir) for s in to_do}
     if to_do:
@@ -115,10 +114,8 @@ def segment(sessions: Sequence[SessionInputs], settings: Settings, out: Console,
         # Whatever is wrong with it is said before the time is spent.
         execution.read_plugin(settings.plugin_file)
     settings, shares, cpus, memory = execution.decide_resources(settings, len(sessions))
-    out.print(
-        messages.resources(settings.nprocs, settings.mem_gb, cpus.source, memory.source)
-        + f' {shares.at_once} at once, {shares.threads} threads each.'
-    )
+    sentence = messages.resources(settings.nprocs, settings.mem_gb, cpus.source, memory.source)
+    out.print(f'{sentence} {messages.shares(shares.at_once, shares.threads)}')
     if settings.mem_gb < SESSION_GB:
         warning = messages.little_memory(settings.mem_gb, SESSION_GB)
         out.print(f'Warning: {warning}', style='yellow')
@@ -145,12 +142,29 @@ def segment(sessions: Sequence[SessionInputs], settings: Settings, out: Console,
         release_scratch(settings, folders, success=success)
 
 
+def _write_texts(sessions: Sequence[SessionInputs], settings: Settings, out: Console) -> int:
+    """Reports of finished sessions, or the methods text."""
+    if settings.reports_only:
+        from babyseg_bids.cli.reports_only import rewrite_reports
+
+        return rewrite_reports(sessions, settings, out)
+    from babyseg_bids.cli import execution
+
+    # Building the workflow writes the methods text, since its parts know what they do.
+    execution.build([s for s in sessions if s.scans], settings)
+    out.print(messages.boilerplate(settings.output_dir / 'logs' / 'CITATION.md'))
+    return 0
+
+
 def _show_plan(
     sessions: Sequence[SessionInputs], fates: Mapping[str, Fate], settings: Settings
 ) -> None:
     from babyseg_bids.cli import tables
 
-    tables.console().print(tables.plan_table(sessions, dict(fates)))
+    console = tables.console()
+    console.print(tables.plan_table(sessions, fates))
+    for line in tables.notes(sessions, everything=settings.verbose > 0):
+        tables.print_line(console, line)
     if any(s.ledger for s in sessions):
         return
     raise NoInputError(messages.all_empty(len(sessions), str(settings.bids_dir)))

@@ -147,6 +147,26 @@ class SessionPool(MultiProcPlugin):
             return 0.0, 0, 0
         return super()._check_resources(running_tasks)
 
+    def _sort_jobs(self, jobids: Any, scheduler: str | None = None) -> Any:
+        """Earlier sessions first, and nothing that overtakes a step that waits for room.
+
+        Nipype takes whatever fits: small steps of all sessions would go before the first large
+        one, no session would be done until late, and all would fill the disk.
+        """
+        if scheduler is not None:
+            return super()._sort_jobs(jobids, scheduler=scheduler)
+        order: dict[str, int] = {}
+        for node in self.procs:
+            order.setdefault(_part(node), len(order))
+        wanted = sorted(jobids, key=lambda job: (order[_part(self.procs[job])], job))
+        memory, processors, _ = self._check_resources(self.pending_tasks)
+        for place, job in enumerate(wanted):
+            memory -= min(self.procs[job].mem_gb, self.memory_gb)
+            processors -= min(self.procs[job].n_procs, self.processors)
+            if memory < 0 or processors < 0:
+                return wanted[:place]
+        return wanted
+
     def _replace_pool(self) -> None:
         """Blame the one step that was in the broken pool, or have all try again one by one."""
         wait(self._futures.values(), timeout=PATIENCE_SECONDS)
@@ -191,6 +211,11 @@ class SessionPool(MultiProcPlugin):
             if process.is_alive():
                 process.kill()
         self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _part(node: Any) -> str:
+    """The part of the workflow, that is the session, which a step belongs to."""
+    return '.'.join(node.fullname.split('.')[:2])
 
 
 def _failure(taskid: int, lines: list[str]) -> dict[str, Any]:

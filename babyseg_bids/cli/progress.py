@@ -65,7 +65,7 @@ class Tracker:
 
     def __init__(self, sessions: Sequence[SessionInputs], steps: Iterable[str], /) -> None:
         self._sessions = sessions
-        self._began = time.monotonic()
+        self._began = self._changed = time.monotonic()
         weights: dict[str, dict[str, float]] = {s.name: {} for s in sessions}
         for step in steps:
             session = session_of(step, sessions)
@@ -91,6 +91,8 @@ class Tracker:
             state.failed_in = step.rpartition('.')[2]
         else:
             state.ended.add(step)
+        if status != 'start':
+            self._changed = time.monotonic()
         return session.name if state.is_over and not was_over else None
 
     @property
@@ -112,8 +114,10 @@ class Tracker:
         """Seconds left, None while it is too early to tell."""
         if self.share < LEAST_SHARE:
             return None
-        elapsed = time.monotonic() - self._began
-        return elapsed * (1 - self.share) / self.share
+        # Between two steps the time runs down instead of growing with each second.
+        elapsed = self._changed - self._began
+        left = elapsed * (1 - self.share) / self.share
+        return max(1.0, left - (time.monotonic() - self._changed))
 
 
 class Progress:

@@ -1,8 +1,8 @@
 """The folder of intermediate files: made, shared between runs, and deleted when it is ours."""
 
 import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from babyseg_bids import messages
@@ -36,6 +36,16 @@ def prepare_scratch(settings: Settings, /) -> Path:
     _run_file(settings).parent.mkdir(exist_ok=True)
     _run_file(settings).touch()
     return scratch
+
+
+@contextmanager
+def scratch_folder(settings: Settings, /) -> Iterator[Path]:
+    """The work folder for something short, which leaves nothing behind."""
+    folder = prepare_scratch(settings)
+    try:
+        yield folder
+    finally:
+        release_scratch(settings, [], success=True)
 
 
 def release_scratch(settings: Settings, folders: Iterable[Path], /, *, success: bool) -> None:

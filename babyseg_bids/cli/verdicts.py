@@ -108,12 +108,12 @@ def conclude(
     empty = sum(v.fate == messages.NO_IMAGE for v in verdicts)
     failed = len(wrong) - empty
     if len(wrong) > 1 or failed:
-        tables.console().print(tables.verdict_table(wrong, base=settings.output_dir))
+        tables.show_verdicts(wrong)
     if empty == len(verdicts):
         first = f'{wrong[0].name}: {wrong[0].reason}'
         raise NoInputError(messages.all_empty(len(wrong), first))
     if empty == 1 and not failed:
-        out.print(f'{wrong[0].name}: {messages.NO_IMAGE} ({wrong[0].reason}).', style='yellow')
+        tables.print_line(out, f'{wrong[0].name}: {messages.NO_IMAGE}. {wrong[0].reason}')
     done = sum(v.fate == messages.DONE for v in verdicts)
     skipped = sum(v.fate == messages.SKIPPED for v in verdicts)
     out.print(messages.summary(done, skipped, empty, failed, settings.output_dir))

@@ -141,11 +141,7 @@ def blur(x: Tensor, sigmas: Sequence[float], /) -> Tensor:
         # A product with a band matrix is far faster than torch's single-channel convolutions.
         index = torch.arange(x.shape[axis], device=x.device, dtype=x.dtype)
         kernel = torch.exp(-0.5 * ((index[:, None] - index) / sigma) ** 2)
-        kernel = kernel / (sigma * np.sqrt(2 * np.pi))
-        if axis == 0:
-            x = (kernel @ x.flatten(1)).view(x.shape)
-        else:
-            x = kernel @ x if axis == 1 else x @ kernel
+        x = along_axis(kernel / (sigma * np.sqrt(2 * np.pi)), x, axis)
     return x
 
 
@@ -173,17 +169,19 @@ def from_grid(x: Tensor, grid: WorkingGrid, box: Sequence[slice], /) -> Tensor:
     -------
     Tensor of the box's shape; values outside the grid are those of its border
     """
-    order = [along for along, _, _ in grid.to_reference]
-    x = x.permute(order)
+    x = x.permute([along for along, _, _ in grid.to_reference])
     for axis, (_, scale, offset) in enumerate(grid.to_reference):
+        n = x.shape[axis]
         index = torch.arange(box[axis].start, box[axis].stop, dtype=torch.float64)
-        index = (scale * index + offset).clamp(0, x.shape[axis] - 1)
-        low = index.floor().long().clamp(max=max(x.shape[axis] - 2, 0))
-        weight = (index - low).float().to(x.device)
-        shape = [1, 1, 1]
-        shape[axis] = len(weight)
-        low = low.to(x.device)
-        x = torch.lerp(
-            x.index_select(axis, low), x.index_select(axis, low + 1), weight.view(shape)
-        )
+        index = (scale * index + offset).clamp(0, n - 1)
+        # Each row holds the two weights of one voxel; a dense product beats gathering.
+        matrix = (1 - (index[:, None] - torch.arange(n)).abs()).clamp_min(0)
+        x = along_axis(matrix.float().to(x.device), x, axis)
     return x
+
+
+def along_axis(matrix: Tensor, x: Tensor, axis: int, /) -> Tensor:
+    """Apply a matrix (m, n) along one axis of (X, Y, Z), whose length n becomes m."""
+    if axis == 0:
+        return (matrix @ x.flatten(1)).unflatten(1, x.shape[1:])
+    return matrix @ x if axis == 1 else x @ matrix.T

@@ -30,8 +30,11 @@ EXTENT = (0.1, 0.9)
 MONTAGE_WIDTH = 1480
 OVERSAMPLE = 2
 GAP = 6
-FILL_OPACITY = 0.16
-BACKGROUND = (10, 12, 16)
+# Cortex and white matter are everywhere: filling them would only veil the scan.
+FILL_OPACITY = 0.2
+UNFILLED_TISSUES = ('white-matter', 'cortex')
+OUTLINE_PIXELS = 2
+BACKGROUND = (0, 0, 0)
 LETTER = (255, 214, 102)
 CAPTION = (200, 205, 214)
 
@@ -246,13 +249,13 @@ def _annotate(picture: Image.Image, volume: Volume, layout: Layout) -> None:
         )
 
 
-def draw_scan(volume: Volume, layout: Layout, /) -> Image.Image:
+def draw_scan(volume: Volume, layout: Layout, /, brightness: float = 1.0) -> Image.Image:
     """The slices in grey, with their annotations."""
     low, high = grey_range(volume.image, volume.labels)
     picture = Image.new('RGB', layout.size, BACKGROUND)
     for plane, index, left, top, width, height in layout.tiles:
         grey = np.clip((cut(volume.image, plane, index) - low) / (high - low), 0, 1)
-        tile = _resize((grey * 255).astype(np.uint8), (width, height), Image.Resampling.BICUBIC)
+        tile = _resize((grey * 255 * brightness).astype(np.uint8), (width, height), Image.Resampling.BICUBIC)
         picture.paste(Image.fromarray(tile), (left, top))
     _annotate(picture, volume, layout)
     return picture
@@ -260,14 +263,19 @@ def draw_scan(volume: Volume, layout: Layout, /) -> Image.Image:
 
 def draw_labels(volume: Volume, layout: Layout, table: LabelTable | None = None) -> Image.Image:
     """Outlines of the structures on a transparent ground, faintly filled."""
-    lut = _colours(table or label_table())
+    table = table or label_table()
+    lut = _colours(table)
+    fill = np.zeros(len(lut), np.uint8)
+    for row in table.structures:
+        fill[row.index] = 0 if row.tissue in UNFILLED_TISSUES else round(FILL_OPACITY * 255)
+    known = np.where(np.isin(volume.labels, table.indices), volume.labels, 0)
     picture = Image.new('RGBA', layout.size, (0, 0, 0, 0))
     for plane, index, left, top, width, height in layout.tiles:
         size = (width * OVERSAMPLE, height * OVERSAMPLE)
-        labels = smooth_labels(cut(volume.labels, plane, index), size)
-        alpha = np.where(labels > 0, FILL_OPACITY * 255, 0)
-        alpha[outline(labels, OVERSAMPLE // 2)] = 255
-        tile = np.dstack([lut[np.clip(labels, 0, len(lut) - 1)], alpha.astype(np.uint8)])
+        labels = smooth_labels(cut(known, plane, index), size)
+        alpha = fill[labels]
+        alpha[outline(labels, OUTLINE_PIXELS)] = 255
+        tile = np.dstack([lut[labels], alpha])
         # Reducing with premultiplied alpha keeps dark seams away from the outlines.
         reduced = Image.fromarray(tile, 'RGBA').convert('RGBa').reduce(OVERSAMPLE)
         picture.paste(reduced.convert('RGBA'), (left, top))
@@ -284,7 +292,7 @@ def heat_colours(values: np.ndarray, /) -> np.ndarray:
 
 def draw_uncertainty(volume: Volume, layout: Layout, threshold: float, /) -> Image.Image:
     """Uncertainty in colour over the darkened scan; what is over the threshold is outlined."""
-    picture = draw_scan(volume, layout)
+    picture = draw_scan(volume, layout, brightness=0.7)
     if volume.uncertainty is None:
         return picture
     for plane, index, left, top, width, height in layout.tiles:

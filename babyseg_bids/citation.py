@@ -1,0 +1,78 @@
+"""The methods text and the references, ready to paste into a paper."""
+
+BIBLIOGRAPHY = """@article{hoffmann2025babyseg,
+  title = {Deep infant brain segmentation from multi-contrast MRI},
+  author = {Hoffmann, Malte and Z{\\"o}llei, Lilla and Dalca, Adrian V.},
+  journal = {arXiv preprint arXiv:2512.05114},
+  year = {2025}
+}
+@article{gorgolewski2011nipype,
+  title = {Nipype: a flexible, lightweight and extensible neuroimaging data processing framework
+    in Python},
+  author = {Gorgolewski, Krzysztof and Burns, Christopher D. and Madison, Cindee and Clark, Dav and
+    Halchenko, Yaroslav O. and Waskom, Michael L. and Ghosh, Satrajit S.},
+  journal = {Frontiers in Neuroinformatics},
+  volume = {5},
+  pages = {13},
+  year = {2011},
+  doi = {10.3389/fninf.2011.00013}
+}
+@article{avants2011ants,
+  title = {A reproducible evaluation of {ANTs} similarity metric performance in brain image
+    registration},
+  author = {Avants, Brian B. and Tustison, Nicholas J. and Song, Gang and Cook, Philip A. and
+    Klein, Arno and Gee, James C.},
+  journal = {NeuroImage},
+  volume = {54},
+  number = {3},
+  pages = {2033--2044},
+  year = {2011},
+  doi = {10.1016/j.neuroimage.2010.09.025}
+}
+@article{gorgolewski2016bids,
+  title = {The brain imaging data structure, a format for organizing and describing outputs of
+    neuroimaging experiments},
+  author = {Gorgolewski, Krzysztof J. and others},
+  journal = {Scientific Data},
+  volume = {3},
+  pages = {160044},
+  year = {2016},
+  doi = {10.1038/sdata.2016.44}
+}
+"""
+
+INTRODUCTION = (
+    '# Methods\n\n'
+    'Brain structures were segmented with babyseg {version}, a BIDS App (Gorgolewski et al., '
+    '2016) built on Nipype (Gorgolewski et al., 2011). '
+)
+ALIGNMENT = (
+    "Within each session, the other scans were rigidly aligned to the reference scan with ANTs' "
+    'mutual-information registration (Avants et al., 2011) from several starting positions; '
+    'scans that the headers already aligned were left in place, and implausible alignments were '
+    'refused. '
+)
+SEGMENTATION = (
+    'All scans of a session were segmented jointly with a group-convolution U-Net (BabySeg; '
+    'Hoffmann et al., 2025) that was trained on synthetic images only and takes any number of '
+    'scans of any contrast. Posterior probabilities were interpolated to the grid of the '
+    'reference scan, where each voxel received the most probable of 27 structures; its '
+    'uncertainty is one minus that probability. '
+)
+MEASURES = (
+    "A structure's volume is the sum of its posterior probabilities times the volume of a voxel. "
+    'The sum over structures is the segmented brain volume. '
+)
+REFERENCES = """
+
+## References
+
+- Avants et al. (2011). A reproducible evaluation of ANTs similarity metric performance in brain
+  image registration. NeuroImage 54(3), 2033-2044.
+- Gorgolewski et al. (2011). Nipype: a flexible, lightweight and extensible neuroimaging data
+  processing framework in Python. Frontiers in Neuroinformatics 5, 13.
+- Gorgolewski et al. (2016). The brain imaging data structure, a format for organizing and
+  describing outputs of neuroimaging experiments. Scientific Data 3, 160044.
+- Hoffmann, Zöllei and Dalca (2025). Deep infant brain segmentation from multi-contrast MRI.
+  arXiv:2512.05114.
+"""

@@ -1,0 +1,274 @@
+"""Names and content of the derivatives, and whether a session has them already."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from babyseg_bids import __version__
+from babyseg_bids.errors import OutputError
+from babyseg_bids.labels import label_table
+from babyseg_bids.records import Scan, SessionInputs
+from babyseg_bids.reports.files import write_atomic
+from babyseg_bids.settings import Settings
+
+BIDS_VERSION = '1.10.0'
+# Integer labels of the tissues in BIDS' common image-derived label table.
+BIDS_LABELS = {
+    'background': 0,
+    'white-matter': 2,
+    'ventricle': 3,
+    'cortex': 8,
+    'deep-grey': 9,
+    'brainstem': 10,
+    'cerebellum': 11,
+}
+# Without a trailing slash: the validator does not match `figures/` in nested folders.
+IGNORED = (
+    'figures',
+    'log',
+    'logs',
+    '.babyseg-work',
+    '*.html',
+    '*_xfm.*',
+    '*_morph.*',
+    '*_qc.*',
+    '*_ledger.*',
+    'group_*',
+    'README.md',
+)
+DESCRIPTIONS = {
+    'aseg': 'Segmentation into 27 structures with FreeSurfer numbers (desc-aseg_dseg.tsv)',
+    'brain': 'All voxels that have a structure',
+    'uncertainty': 'One minus the probability of the label given',
+    'babyseg': "Posterior probabilities, volumes and quality measures of babyseg's network",
+    'inputs': 'Which images were used, and why others were not',
+}
+DSEG_COLUMNS = {
+    'hemisphere': {
+        'Description': "Side of the child's body on which the structure lies",
+        'Levels': {'L': 'left', 'R': 'right', 'midline': 'unpaired', 'n/a': 'not a structure'},
+    }
+}
+# Steps of the published uncertainty; finer ones say nothing and make files four times as large.
+UNCERTAINTY_STEP = 0.01
+README = """# babyseg derivatives
+
+Brain segmentations of infants and young children, written by babyseg {version}.
+
+- `sub-*.html`: one report a session; open it in a browser, no internet is needed.
+- `*_desc-aseg_dseg.nii.gz`: label map on the grid of the reference scan, FreeSurfer numbers as in
+  `desc-aseg_dseg.tsv`.
+- `*_desc-brain_mask.nii.gz`, `*_desc-uncertainty_probseg.nii.gz`: brain mask; uncertainty, 0 to 1.
+- `*_desc-babyseg_morph.tsv`: volumes. The sum is the segmented brain volume, not an intracranial
+  volume.
+- `*_desc-babyseg_qc.json`: quality measures and flags.
+- `*_desc-inputs_ledger.json`: which images were used and why, and how to repeat the run.
+- `logs/CITATION.md`: methods text and references.
+
+For research use; not a medical device.
+"""
+
+
+@dataclass(frozen=True)
+class Names:
+    """File names of a session's derivatives, relative to the output folder.
+
+    `space` is the reference's suffix.
+    """
+
+    session: SessionInputs
+
+    @property
+    def folder(self) -> str:
+        """Folder of the images and tables: `sub-01/ses-A/anat`."""
+        return '/'.join([*self.session.name.split('_'), 'anat'])
+
+    @property
+    def space(self) -> str:
+        """Suffix of the reference scan."""
+        return self.session.scans[0].suffix
+
+    def image(self, what: str) -> str:
+        """A derivative on the reference's grid; `what` is like `desc-aseg_dseg.nii.gz`."""
+        return f'{self.folder}/{self.session.name}_space-{self.space}_{what}'
+
+    def record(self, what: str) -> str:
+        """A derivative without a space, such as `desc-babyseg_qc.json`."""
+        return f'{self.folder}/{self.session.name}_{what}'
+
+    def transform(self, scan: Scan, *, inverse: bool = False) -> str:
+        """ITK transform between a scan and the reference.
+
+        A scan whose suffix is not its own in the session keeps its entities in the name.
+        """
+        alike = sum(s.suffix == scan.suffix for s in self.session.scans) > 1
+        entities = ''.join(f'{k}-{v}_' for k, v in scan.entities.items()) if alike else ''
+        ends = (self.space, scan.suffix) if inverse else (scan.suffix, self.space)
+        name = f'{entities}from-{ends[0]}_to-{ends[1]}_mode-image_xfm.txt'
+        return f'{self.folder}/{self.session.name}_{name}'
+
+    @property
+    def ledger(self) -> str:
+        """The completion record, which appears last."""
+        return self.record('desc-inputs_ledger.json')
+
+    @property
+    def report(self) -> str:
+        """The page of the session."""
+        return f'{self.session.name}.html'
+
+    @property
+    def figures(self) -> str:
+        """Folder of the report's pictures."""
+        return f'sub-{self.session.subject}/figures'
+
+
+def ledger_path(session: SessionInputs, output: Path, /) -> Path:
+    """The completion record of a session, whatever its reference."""
+    return output / Names(session).ledger
+
+
+def like_reference(
+    data: np.ndarray, reference: nib.Nifti1Image, /, *, dtype: type
+) -> nib.Nifti1Image:
+    """An image with the exact grid header of another: shape, affine, forms, codes, zooms, units.
+
+    Parameters
+    ----------
+    data : (X, Y, Z) or (X, Y, Z, C)
+    """
+    header = reference.header.copy()
+    header.set_data_dtype(dtype)
+    header.set_slope_inter(1, 0)
+    header['cal_min'] = header['cal_max'] = 0
+    header['descrip'] = f'babyseg {__version__}'.encode()
+    zooms = header.get_zooms()[:3]
+    image = nib.Nifti1Image(data.astype(dtype), None, header)
+    image.header.set_zooms((*zooms, 1.0)[: data.ndim])
+    # Built without an affine, the image keeps the forms and codes of the header to the last bit.
+    for form in ('sform', 'qform'):
+        image.header[f'{form}_code'] = reference.header[f'{form}_code']
+    image._affine = reference.affine
+    return image
+
+
+def coarse_uncertainty(uncertainty: np.ndarray, /) -> np.ndarray:
+    """Uncertainty rounded to `UNCERTAINTY_STEP`, which files compress well."""
+    return (uncertainty / UNCERTAINTY_STEP).round() * np.float32(UNCERTAINTY_STEP)
+
+
+def sidecar(session: SessionInputs, what: str, **more: Any) -> dict[str, Any]:
+    """JSON sidecar of an image derivative on the reference's grid."""
+    uris = [f'bids:raw:{s.relative_path}' for s in session.scans]
+    return {
+        'Description': DESCRIPTIONS[what],
+        'Sources': uris,
+        'SpatialReference': uris[0],
+        'SkullStripped': False,
+        **more,
+    }
+
+
+def checksum(path: Path, /) -> str:
+    """SHA-256 of a file."""
+    with path.open('rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def input_record(scan: Scan, /) -> dict[str, Any]:
+    """What identifies an input file later: size and time for a quick look, SHA-256 for proof."""
+    path = Path(scan.path)
+    status = path.stat()
+    return {
+        'path': scan.relative_path,
+        'bytes': status.st_size,
+        'mtime_ns': status.st_mtime_ns,
+        'sha256': checksum(path),
+    }
+
+
+def _unchanged(scan: Scan, record: Mapping[str, Any]) -> bool:
+    path = Path(scan.path)
+    status = path.stat()
+    if (status.st_size, status.st_mtime_ns) == (record.get('bytes'), record.get('mtime_ns')):
+        return True
+    return checksum(path) == record.get('sha256')
+
+
+def is_done(session: SessionInputs, output: Path, settings: Settings, /) -> bool:
+    """Whether a session has all its outputs, made with these settings from these inputs."""
+    try:
+        ledger = json.loads(ledger_path(session, output).read_text('utf-8'))
+        inputs = {r['path']: r for r in ledger['inputs']}
+        outputs: Sequence[str] = ledger['outputs']
+        same = (
+            ledger['settings'] == settings.fingerprint()
+            and list(inputs) == [s.relative_path for s in session.scans]
+            and all(_unchanged(s, inputs[s.relative_path]) for s in session.scans)
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        # No ledger, or one of another program or version: the session is done again.
+        return False
+    if settings.report and not any(name.endswith('.html') for name in outputs):
+        return False
+    return same and all((output / name).is_file() for name in outputs)
+
+
+def dseg_table() -> str:
+    """The content of desc-aseg_dseg.tsv."""
+    lines = ['index\tname\tabbreviation\tcolor\tmapping\themisphere']
+    for row in label_table().rows:
+        mapping = BIDS_LABELS[row.tissue]
+        lines.append(
+            f'{row.index}\t{row.name}\t{row.abbreviation}\t{row.color}\t{mapping}\t'
+            f'{row.hemisphere}'
+        )
+    return '\n'.join(lines) + '\n'
+
+
+def write_dataset_files(settings: Settings, methods: str, /) -> None:
+    """Write the files that describe the output folder as a BIDS derivative dataset.
+
+    Each is replaced at once, since many jobs may share one output folder.
+
+    Raises
+    ------
+    OutputError
+        When the folder cannot be written.
+    """
+    from babyseg_bids.citation import BIBLIOGRAPHY
+
+    description = {
+        'Name': 'babyseg: segmentation of infant brain MRI',
+        'BIDSVersion': BIDS_VERSION,
+        'DatasetType': 'derivative',
+        'GeneratedBy': [{'Name': 'babyseg', 'Version': __version__}],
+        'DatasetLinks': {'raw': settings.bids_dir.resolve().as_uri()},
+    }
+    descriptions = ''.join(f'desc-{k}\t{v}\n' for k, v in DESCRIPTIONS.items())
+    files = {
+        'dataset_description.json': json.dumps(description, indent=2) + '\n',
+        '.bidsignore': '\n'.join(IGNORED) + '\n',
+        'README.md': README.format(version=__version__),
+        'descriptions.tsv': f'desc_id\tdescription\n{descriptions}',
+        'desc-aseg_dseg.tsv': dseg_table(),
+        'desc-aseg_dseg.json': json.dumps(DSEG_COLUMNS, indent=2) + '\n',
+        'logs/CITATION.md': methods,
+        'logs/CITATION.bib': BIBLIOGRAPHY,
+    }
+    for name, content in files.items():
+        path = settings.output_dir / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, content)
+        except OSError as e:
+            raise OutputError(
+                f'{path} cannot be written ({e.strerror}); free space there or choose another '
+                'output folder.'
+            ) from e

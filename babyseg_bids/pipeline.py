@@ -1,0 +1,214 @@
+"""Align and segment the scans of one session: the steps as functions, and the Python API."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+
+from babyseg_bids.alignment import Alignment, align
+from babyseg_bids.errors import InputError
+from babyseg_bids.morphometry import morphometry_table
+from babyseg_bids.network import Model, Segmentation, load_model, segment
+from babyseg_bids.outputs import coarse_uncertainty, like_reference
+from babyseg_bids.preflight import load_image
+from babyseg_bids.qc import session_qc
+from babyseg_bids.records import Age, Flag
+
+ScanLike = str | Path | nib.Nifti1Image | np.ndarray
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `BabySegPipeline.predict` gives, on the grid of the first scan.
+
+    Parameters
+    ----------
+    segmentation : label map, int16, FreeSurfer numbers
+    brain_mask : uint8
+    uncertainty : float32, 0..1
+    probabilities : float32 (X, Y, Z, C) in the order of the label table, or None
+    volumes : one row a structure (see `morphometry.morphometry_table`)
+    qc : quality measures (see `qc.session_metrics`)
+    flags : what a person should know
+    scan_weights : share of each scan given; 0 for one that was left out
+    alignments : of the scans after the first
+    """
+
+    segmentation: nib.Nifti1Image
+    brain_mask: nib.Nifti1Image
+    uncertainty: nib.Nifti1Image
+    probabilities: nib.Nifti1Image | None
+    volumes: pd.DataFrame
+    qc: dict
+    flags: tuple[Flag, ...]
+    scan_weights: tuple[float, ...]
+    alignments: tuple[Alignment, ...]
+
+
+def align_scans(
+    images: Sequence[nib.Nifti1Image], /, *, seed: int = 0, threads: int = 1
+) -> list[Alignment]:
+    """Alignment of each image after the first to the first."""
+    return [align(images[0], image, seed=seed, threads=threads) for image in images[1:]]
+
+
+def segment_aligned(
+    images: Sequence[nib.Nifti1Image],
+    alignments: Sequence[Alignment],
+    model: Model,
+    /,
+    *,
+    device: str = 'auto',
+    threads: int | None = None,
+    keep_probabilities: bool = False,
+) -> tuple[Segmentation, tuple[float, ...]]:
+    """Segment the images that could be aligned.
+
+    Returns
+    -------
+    The segmentation, and a weight for each image given, 0 for those that were left out.
+    """
+    matrices = [np.eye(4), *(a.matrix for a in alignments)]
+    kept = [True, *(a.status != 'refused' for a in alignments)]
+    scans = [
+        (np.asanyarray(image.dataobj), matrix @ image.affine)
+        for image, matrix, keep in zip(images, matrices, kept, strict=True)
+        if keep
+    ]
+    result = segment(
+        scans, model, device=device, threads=threads, keep_probabilities=keep_probabilities
+    )
+    given = iter(result.scan_weights)
+    return result, tuple(next(given) if keep else 0.0 for keep in kept)
+
+
+def refused_flag(name: str, alignment: Alignment, /) -> Flag:
+    """The flag for a scan that was left out because it could not be aligned."""
+    return Flag('alignment-refused', 'warning', f'{name} was not used. {alignment.reason}')
+
+
+class BabySegPipeline:
+    """Segment scans from a script, without BIDS.
+
+    Parameters
+    ----------
+    model : name of a shipped model, or path of a model file
+    device : `auto`, `cpu`, `cuda[:N]` or `mps`
+    uncertainty_threshold : voxels above it count as uncertain, 0..1
+    threads : of the CPU; None for torch's own choice
+    random_seed : fixes the alignment
+
+    Examples
+    --------
+    >>> pipeline = BabySegPipeline()                                    # doctest: +SKIP
+    >>> result = pipeline.predict(['t1.nii.gz', 't2.nii.gz'])           # doctest: +SKIP
+    >>> result.segmentation.to_filename('dseg.nii.gz')                  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: str | Path = 'default',
+        device: str = 'auto',
+        uncertainty_threshold: float = 0.3,
+        *,
+        threads: int | None = None,
+        random_seed: int = 0,
+    ) -> None:
+        self.model = load_model(model)
+        self.device = device
+        self.uncertainty_threshold = uncertainty_threshold
+        self.threads = threads
+        self.random_seed = random_seed
+
+    def predict(
+        self,
+        scans: Sequence[ScanLike],
+        *,
+        affine: np.ndarray | None = None,
+        keep_probabilities: bool = False,
+    ) -> Result:
+        """Segment the scans of one child and session jointly.
+
+        Parameters
+        ----------
+        scans : paths, nibabel images or arrays (X, Y, Z); the first is the reference
+        affine : (4, 4), voxel to world in RAS mm; required for arrays, and shared by them
+
+        Raises
+        ------
+        InputError
+            If a scan cannot be used.
+        """
+        if isinstance(scans, (str, Path, nib.Nifti1Image, np.ndarray)):
+            scans = [scans]
+        if not len(scans):
+            raise InputError('There is no scan to segment; give at least one.')
+        images = [_as_image(scan, affine) for scan in scans]
+        headers = _header_of(scans[0], images[0])
+        alignments = align_scans(images, seed=self.random_seed, threads=self.threads or 1)
+        result, weights = segment_aligned(
+            images,
+            alignments,
+            self.model,
+            device=self.device,
+            threads=self.threads,
+            keep_probabilities=keep_probabilities,
+        )
+        volumes = morphometry_table(
+            result.labels, images[0].affine, result.soft_volumes, result.confidence
+        )
+        qc, flags = session_qc(
+            result.labels,
+            result.uncertainty,
+            np.asanyarray(images[0].dataobj),
+            images[0].affine,
+            volumes,
+            Age(),
+            self.uncertainty_threshold,
+        )
+        refused = [
+            refused_flag(f'Scan {i}', a)
+            for i, a in enumerate(alignments, start=2)
+            if a.status == 'refused'
+        ]
+        probabilities = None
+        if result.probabilities is not None:
+            probabilities = like_reference(result.probabilities, headers, dtype=np.float32)
+        return Result(
+            segmentation=like_reference(result.labels, headers, dtype=np.int16),
+            brain_mask=like_reference(result.labels > 0, headers, dtype=np.uint8),
+            uncertainty=like_reference(
+                coarse_uncertainty(result.uncertainty), headers, dtype=np.float32
+            ),
+            probabilities=probabilities,
+            volumes=volumes,
+            qc=qc,
+            flags=(*refused, *flags),
+            scan_weights=weights,
+            alignments=tuple(alignments),
+        )
+
+
+def _as_image(scan: ScanLike, affine: np.ndarray | None) -> nib.Nifti1Image:
+    if isinstance(scan, (str, Path)):
+        return load_image(scan)
+    if isinstance(scan, np.ndarray):
+        if affine is None:
+            raise InputError('An array has no position in space; give its affine, too.')
+        scan = nib.Nifti1Image(scan.astype(np.float32), affine)
+    data = np.nan_to_num(scan.get_fdata(dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    if data.ndim == 4 and data.shape[3] == 1:
+        data = data[..., 0]
+    if data.ndim != 3:
+        raise InputError(f'A scan has the shape {data.shape}; give 3-D images.')
+    return nib.Nifti1Image(data, scan.affine)
+
+
+def _header_of(scan: ScanLike, image: nib.Nifti1Image) -> nib.Nifti1Image:
+    """The image whose header the results get: the file's own where there is one."""
+    if isinstance(scan, (str, Path)):
+        return nib.load(scan)
+    return scan if isinstance(scan, nib.Nifti1Image) else image

@@ -1,0 +1,131 @@
+"""Rigid alignment: on a phantom with two contrasts, and on the paired infant templates."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from babyseg_bids.alignment import (
+    align,
+    normalised_mutual_information,
+    rms_displacement,
+    rotation_angle,
+    rotation_matrix,
+    write_transform,
+)
+from babyseg_bids.errors import AlignmentError
+
+AFFINE = np.array([[2.0, 0, 0, -60], [0, 2, 0, -70], [0, 0, 2, -50], [0, 0, 0, 1]])
+SHAPE = (60, 70, 56)
+
+
+def phantom(seed: int) -> np.ndarray:
+    """A folded two-tissue ball with ventricles, integer classes 0 to 3."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*(np.linspace(-1.1, 1.1, n) for n in SHAPE), indexing='ij'))
+    radius = np.sqrt((grid**2 * np.array([1.2, 1.0, 1.3]).reshape(3, 1, 1, 1)).sum(0))
+    folds = ndimage.gaussian_filter(rng.normal(size=SHAPE), 1.5)
+    classes = np.where(radius + 4 * folds < 0.75, 2, 1)
+    classes[np.abs(grid[0] - 0.15) + np.abs(grid[1]) * 0.5 + np.abs(grid[2]) < 0.25] = 3
+    classes[radius > 1] = 0
+    return classes
+
+
+def scan(classes: np.ndarray, values: list[float], affine: np.ndarray = AFFINE) -> nib.Nifti1Image:
+    """Give each class a grey value, and add a little blur and noise."""
+    data = ndimage.gaussian_filter(np.array(values)[classes], 0.6)
+    noise = np.random.default_rng(len(values)).normal(0, 0.02, data.shape)
+    return nib.Nifti1Image((np.abs(data + noise) * (classes > 0)).astype(np.float32), affine)
+
+
+T1, T2 = [0, 0.5, 0.8, 0.2], [0, 0.6, 0.4, 1.0]
+
+
+@pytest.fixture(scope='module')
+def classes() -> np.ndarray:
+    return phantom(0)
+
+
+@pytest.fixture(scope='module')
+def displaced(classes: np.ndarray):
+    """A T1w scan, a displaced T2w scan of the same head, the displacement and the alignment."""
+    move = rotation_matrix([12, -9, 15], np.array([5.0, 0, 0]))
+    move[:3, 3] += [14, -20, 9]
+    reference, moving = scan(classes, T1), scan(classes, T2, move @ AFFINE)
+    return reference, moving, move, align(reference, moving, seed=3)
+
+
+def test_a_known_movement_of_another_contrast_is_undone(displaced):
+    _, _, move, found = displaced
+    assert found.status == 'rigid'
+    assert rms_displacement(found.matrix @ move, np.zeros(3)) < 1.0
+    assert found.similarity > found.similarity_before + 0.05
+    assert abs(found.rotation_deg - rotation_angle(move)) < 1.0
+
+
+def test_the_same_seed_gives_the_same_transform(displaced):
+    reference, moving, _, found = displaced
+    assert np.array_equal(align(reference, moving, seed=3).matrix, found.matrix)
+
+
+def test_scans_that_are_aligned_stay_where_they_are(classes):
+    found = align(scan(classes, T1), scan(classes, T2))
+    assert found.status == 'identity'
+    assert np.array_equal(found.matrix, np.eye(4))
+
+
+def test_a_flipped_voxel_order_with_a_right_header_is_no_movement(classes):
+    moving = scan(classes, T2).as_reoriented([[1, -1], [0, 1], [2, -1]])
+    assert nib.aff2axcodes(moving.affine) != ('R', 'A', 'S')
+    assert align(scan(classes, T1), moving).status == 'identity'
+
+
+def test_a_sheared_header_can_be_aligned(classes):
+    sheared = AFFINE.copy()
+    sheared[0, 1] = 0.05
+    assert align(scan(classes, T1), scan(classes, T2, sheared)).status in ('identity', 'rigid')
+
+
+def test_noise_is_refused(classes):
+    noise = np.random.default_rng(0).random(SHAPE, np.float32)
+    found = align(scan(classes, T1), nib.Nifti1Image(noise, AFFINE))
+    assert found.status == 'refused'
+    assert np.array_equal(found.matrix, np.eye(4))
+    assert 'resemble' in found.reason
+
+
+def test_an_empty_image_is_an_error_that_says_so(classes):
+    empty = nib.Nifti1Image(np.zeros(SHAPE, np.float32), AFFINE)
+    with pytest.raises(AlignmentError, match='nothing but background'):
+        align(scan(classes, T1), empty)
+
+
+def test_the_written_transform_resamples_with_ants(displaced, tmp_path: Path):
+    ants = pytest.importorskip('ants')
+    reference, moving, _, found = displaced
+    nib.save(reference, tmp_path / 't1.nii.gz')
+    nib.save(moving, tmp_path / 't2.nii.gz')
+    write_transform(found.matrix, tmp_path / 'xfm.txt')
+    resampled = ants.apply_transforms(
+        ants.image_read(str(tmp_path / 't1.nii.gz')),
+        ants.image_read(str(tmp_path / 't2.nii.gz')),
+        [str(tmp_path / 'xfm.txt')],
+    ).numpy()
+    inside = ndimage.binary_erosion(reference.get_fdata() > 0, iterations=2)
+    truth = scan(phantom(0), T2).get_fdata()
+    assert np.corrcoef(resampled[inside], truth[inside])[0, 1] > 0.9
+
+
+def test_independent_values_share_no_information():
+    rng = np.random.default_rng(0)
+    a, b = rng.random(200_000), rng.random(200_000)
+    assert normalised_mutual_information(a, b) == pytest.approx(1, abs=0.002)
+    assert normalised_mutual_information(a, a) == pytest.approx(2)
+
+
+def test_displacement_of_a_pure_shift_is_its_length():
+    shift = np.eye(4)
+    shift[:3, 3] = [3, 4, 0]
+    assert rms_displacement(shift, np.array([10.0, 20, 30])) == pytest.approx(5)

@@ -1,0 +1,51 @@
+import nibabel as nib
+import numpy as np
+import pytest
+from test_workflow import AFFINE, head
+
+from babyseg_bids import BabySegPipeline
+from babyseg_bids.errors import InputError
+
+T1, T2 = (0.8, 0.1, 0.5, 0.7), (0.4, 1.0, 0.6, 0.4)
+
+
+@pytest.fixture(scope='module')
+def pipeline():
+    return BabySegPipeline(device='cpu')
+
+
+def test_paths_images_and_arrays_give_the_same_labels(pipeline, tmp_path):
+    image = nib.Nifti1Image(head(T1), AFFINE)
+    image.to_filename(tmp_path / 't1.nii.gz')
+    results = [
+        pipeline.predict([tmp_path / 't1.nii.gz']),
+        pipeline.predict(image),
+        pipeline.predict([head(T1)], affine=AFFINE),
+    ]
+    for result in results:
+        assert result.segmentation.shape == image.shape
+        np.testing.assert_array_equal(result.segmentation.affine, AFFINE)
+        np.testing.assert_array_equal(
+            result.segmentation.get_fdata(), results[0].segmentation.get_fdata()
+        )
+        assert len(result.volumes) == 27
+        assert result.scan_weights == (1.0,)
+
+
+def test_two_scans_are_segmented_jointly(pipeline):
+    result = pipeline.predict([head(T1), head(T2)], affine=AFFINE, keep_probabilities=True)
+    assert sum(result.scan_weights) == pytest.approx(1)
+    assert len(result.alignments) == 1
+    assert result.probabilities.shape == (48, 48, 48, 28)
+    assert result.brain_mask.get_data_dtype() == np.uint8
+
+
+def test_unusable_scans_are_refused_in_words(pipeline, tmp_path):
+    with pytest.raises(InputError, match='at least one'):
+        pipeline.predict([])
+    with pytest.raises(InputError, match='affine'):
+        pipeline.predict([head(T1)])
+    with pytest.raises(InputError, match=r'missing\.nii'):
+        pipeline.predict([tmp_path / 'missing.nii'])
+    with pytest.raises(InputError, match='3-D'):
+        pipeline.predict([np.zeros((4, 4, 4, 3))], affine=AFFINE)

@@ -1,0 +1,175 @@
+"""The whole run on a small dataset: real files, real workflow, real network weights."""
+
+import json
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from babyseg_bids.alignment import Alignment
+from babyseg_bids.interfaces.session import after_alignment
+from babyseg_bids.records import Age, LedgerRow, Scan, SessionInputs
+from babyseg_bids.settings import Settings
+
+AFFINE = np.diag([2.5, 2.5, 2.5, 1.0])
+AFFINE[:3, 3] = -60
+
+
+def head(contrast, seed=0):
+    """A head of 2.5 mm voxels: scalp, fluid, cortex and white matter."""
+    axes = np.meshgrid(*[np.arange(48) * 2.5 - 60] * 3, indexing='ij')
+    radius = np.sqrt((axes[0] / 0.85) ** 2 + axes[1] ** 2 + (axes[2] / 0.8) ** 2)
+    image = np.zeros(radius.shape)
+    for limit, value in zip((55, 50, 46, 38), contrast, strict=True):
+        image[radius < limit] = value
+    noise = np.random.default_rng(seed).normal(0, 0.02, radius.shape)
+    return np.round(1000 * np.clip(image + noise, 0, None)).astype(np.int16)
+
+
+def write(folder, name, data, affine=AFFINE):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(data, affine), path)
+
+
+@pytest.fixture(scope='module')
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('bids')
+    description = {'Name': 'heads', 'BIDSVersion': '1.10.0'}
+    (folder / 'dataset_description.json').write_text(json.dumps(description))
+    (folder / 'participants.tsv').write_text('participant_id\tage\nsub-01\t7\nsub-02\t9\n')
+    (folder / 'participants.json').write_text('{"age": {"Units": "month"}}')
+    t1, t2 = (0.8, 0.1, 0.5, 0.7), (0.4, 1.0, 0.6, 0.4)
+    write(folder, 'sub-01/ses-A/anat/sub-01_ses-A_T1w.nii.gz', head(t1))
+    write(folder, 'sub-01/ses-A/anat/sub-01_ses-A_T2w.nii.gz', head(t2))
+    write(folder, 'sub-01/ses-B/anat/sub-01_ses-B_T2w.nii.gz', head(t2, 2))
+    bad = folder / 'sub-02' / 'ses-A' / 'anat' / 'sub-02_ses-A_T1w.nii.gz'
+    bad.parent.mkdir(parents=True)
+    bad.write_bytes(b'not an image')
+    return folder
+
+
+def babyseg(*arguments):
+    command = [sys.executable, '-m', 'babyseg_bids.cli.run', *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+
+
+@pytest.fixture(scope='module')
+def run(dataset, tmp_path_factory):
+    output = tmp_path_factory.mktemp('derivatives')
+    result = babyseg(dataset, output, 'participant', '--save-probabilities', '--nprocs', 2)
+    return result, output
+
+
+def test_every_session_with_a_readable_image_gets_its_outputs(run):
+    result, output = run
+    assert result.returncode == 0, result.stderr
+    stems = ['sub-01/ses-A/anat/sub-01_ses-A', 'sub-01/ses-B/anat/sub-01_ses-B']
+    for stem, space in zip(stems, ('T1w', 'T2w'), strict=True):
+        for what in ('desc-aseg_dseg', 'desc-brain_mask', 'desc-uncertainty_probseg',
+                     'desc-babyseg_probseg'):
+            for ending in ('nii.gz', 'json'):
+                assert (output / f'{stem}_space-{space}_{what}.{ending}').is_file()
+        assert (output / f'{stem}_space-{space}_desc-babyseg_morph.tsv').is_file()
+        assert (output / f'{stem}_desc-babyseg_qc.json').is_file()
+        assert (output / f'{stem}_desc-inputs_ledger.json').is_file()
+    assert (output / 'sub-01_ses-A.html').stat().st_size > 10_000
+    for direction in ('from-T2w_to-T1w', 'from-T1w_to-T2w'):
+        assert (output / f'{stems[0]}_{direction}_mode-image_xfm.txt').is_file()
+
+
+def test_the_session_without_a_usable_image_is_named(run):
+    result, _ = run
+    assert 'sub-02_ses-A' in result.stdout + result.stderr
+
+
+def test_images_have_the_header_of_the_reference(run, dataset):
+    _, output = run
+    reference = nib.load(dataset / 'sub-01/ses-A/anat/sub-01_ses-A_T1w.nii.gz')
+    for path in output.glob('sub-01/ses-A/anat/*.nii.gz'):
+        image = nib.load(path)
+        assert image.shape[:3] == reference.shape
+        np.testing.assert_array_equal(image.affine, reference.affine)
+        assert image.header['sform_code'] == reference.header['sform_code']
+
+
+def test_volumes_agree_with_the_label_map(run):
+    _, output = run
+    stem = output / 'sub-01/ses-A/anat/sub-01_ses-A_space-T1w_desc'
+    labels = np.asarray(nib.load(f'{stem}-aseg_dseg.nii.gz').dataobj)
+    lines = [line.split('\t') for line in open(f'{stem}-babyseg_morph.tsv')]  # noqa: PTH123, SIM115
+    column = lines[0].index('voxel-volume-mm3')
+    for row in lines[1:]:
+        expected = (labels == int(row[0])).sum() * 2.5**3
+        assert float(row[column].replace('n/a', '0')) == pytest.approx(expected, abs=0.01)
+
+
+def test_exactly_one_label_map_answers_the_query_of_nibabies(run):
+    from bids.layout import BIDSLayout
+
+    _, output = run
+    layout = BIDSLayout(output, validate=False, config=['bids', 'derivatives'])
+    queries = {
+        'anat_aseg': {'space': 'T1w', 'desc': 'aseg', 'suffix': 'dseg'},
+        'anat_mask': {'space': 'T1w', 'desc': 'brain', 'suffix': 'mask'},
+    }
+    for query in queries.values():
+        found = layout.get(subject='01', session='A', extension='.nii.gz', **query)
+        assert len(found) == 1
+    found = layout.get(subject='01', session='A', suffix='xfm', **{'from': 'T2w', 'to': 'T1w'})
+    assert len(found) == 1
+
+
+def test_the_validator_accepts_the_output(run):
+    _, output = run
+    command = ['bids-validator-deno', str(output), '--json']
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    issues = json.loads(result.stdout)['issues']['issues']
+    errors = [i for i in issues if i.get('severity') == 'error']
+    assert errors == []
+
+
+def test_a_second_run_skips_what_is_done(run, dataset):
+    _, output = run
+    ledger = output / 'sub-01/ses-A/anat/sub-01_ses-A_desc-inputs_ledger.json'
+    before = ledger.stat().st_mtime_ns
+    again = babyseg(dataset, output, 'participant', '--save-probabilities', '--nprocs', 2)
+    assert again.returncode == 0
+    assert ledger.stat().st_mtime_ns == before
+
+
+def test_the_group_level_gathers_both_sessions(run):
+    _, output = run
+    result = babyseg(output.parent, output, 'group')
+    assert result.returncode == 0, result.stderr
+    lines = (output / 'group_desc-babyseg_morph.tsv').read_text().splitlines()
+    assert len(lines) == 3
+    assert (output / 'group.html').is_file()
+
+
+def test_a_scan_that_cannot_be_aligned_is_left_out_with_a_flag():
+    scans = tuple(Scan(f'/x/{s}.nii', f'anat/{s}.nii', s) for s in ('T1w', 'T2w'))
+    rows = tuple(LedgerRow(s.relative_path, s.suffix, 'used', 'fine') for s in scans)
+    session = SessionInputs('01', None, scans, Age(), rows)
+    refused = Alignment(np.eye(4), 'refused', 1.0, 1.0, 90.0, 3.0, 'Left out: too far.')
+    final, kept = after_alignment(session, [refused])
+    assert [s.suffix for s in final.scans] == ['T1w']
+    assert kept == []
+    assert final.ledger[1].status == 'rejected'
+    assert final.flags[0].code == 'alignment-refused'
+
+
+def test_builders_only_wire(dataset, tmp_path):
+    from babyseg_bids.discovery import find_sessions
+    from babyseg_bids.workflows import init_babyseg_wf
+
+    sessions = [s for s in find_sessions(dataset) if s.scans]
+    settings = Settings(dataset, tmp_path / 'out', report=False)
+    settings.output_dir.mkdir()
+    workflow = init_babyseg_wf(sessions, settings)
+    names = {n.fullname for n in workflow._get_all_nodes()}
+    assert any(n.endswith('sub_01_ses_A_wf.segment') for n in names)
+    assert not any(n.endswith('.report') for n in names)
+    assert 'Hoffmann' in workflow.visit_desc()

@@ -1,0 +1,123 @@
+"""The workflow of one session: align, segment, measure, report, publish."""
+
+import re
+from pathlib import Path
+
+from nipype.interfaces.utility import IdentityInterface
+from nipype.pipeline.engine import Node
+from niworkflows.engine.workflows import LiterateWorkflow
+
+from babyseg_bids.citation import ALIGNMENT, MEASURES, SEGMENTATION
+from babyseg_bids.interfaces.session import (
+    AlignScans,
+    MeasureSession,
+    PublishSession,
+    ReportSession,
+    SegmentScans,
+    UpdateSubjectPage,
+)
+from babyseg_bids.records import SessionInputs
+from babyseg_bids.settings import Settings
+
+# Measured peaks with 300^3 scans, in GB; `segment` holds torch, scans and features.
+SEGMENT_GB = 2.5
+LIGHT_GB = 1.0
+
+
+def init_session_wf(
+    session: SessionInputs, settings: Settings, *, name: str | None = None
+) -> LiterateWorkflow:
+    """Build the workflow of one session.
+
+    Inputs
+    ------
+    session : dict, `SessionInputs.to_dict()`
+    boilerplate : methods text for the report
+
+    Outputs
+    -------
+    ledger : path of the completion record in the output folder
+    """
+    name = name or re.sub(r'\W', '_', session.name) + '_wf'
+    workflow = LiterateWorkflow(name=name)
+    several = ALIGNMENT if len(session.scans) > 1 else ''
+    workflow.__desc__ = f'{several}{SEGMENTATION}{MEASURES}'
+    inputnode = Node(IdentityInterface(['session', 'boilerplate']), name='inputnode')
+    inputnode.inputs.session = session.to_dict()
+    outputnode = Node(IdentityInterface(['ledger']), name='outputnode')
+
+    threads = max(1, settings.omp_nthreads)
+    stamps = [_stamp(scan.path) for scan in session.scans]
+    fingerprint = settings.fingerprint()
+    align = Node(
+        AlignScans(seed=settings.random_seed, threads=threads, stamps=stamps),
+        name='align',
+        mem_gb=LIGHT_GB,
+    )
+    segment = Node(
+        SegmentScans(
+            model=settings.model,
+            model_stamp=[fingerprint['version'], fingerprint['model_sha256']],
+            device=settings.device,
+            threads=threads,
+            keep_probabilities=settings.save_probabilities,
+            stamps=stamps,
+        ),
+        name='segment',
+        n_procs=threads,
+        mem_gb=SEGMENT_GB,
+    )
+    measure = Node(
+        MeasureSession(uncertainty_threshold=settings.uncertainty_threshold),
+        name='measure',
+        mem_gb=LIGHT_GB,
+    )
+    publish = Node(
+        PublishSession(output_dir=str(settings.output_dir), settings=fingerprint),
+        name='publish',
+        mem_gb=LIGHT_GB,
+    )
+    workflow.connect(
+        [
+            (inputnode, align, [('session', 'session')]),
+            (inputnode, segment, [('session', 'session')]),
+            (inputnode, measure, [('session', 'session')]),
+            (inputnode, publish, [('session', 'session')]),
+            (align, segment, [('alignments', 'alignments')]),
+            (align, publish, [('alignments', 'alignments')]),
+            (segment, measure, [(n, n) for n in ('labels', 'uncertainty', 'measures')]),
+            (segment, publish, [(n, n) for n in ('labels', 'mask', 'uncertainty', 'measures')]),
+            (measure, publish, [('morph', 'morph'), ('qc', 'qc')]),
+            (publish, outputnode, [('ledger', 'ledger')]),
+        ]
+    )
+    if settings.save_probabilities:
+        workflow.connect([(segment, publish, [('probabilities', 'probabilities')])])
+    if settings.report:
+        report = Node(
+            ReportSession(uncertainty_threshold=settings.uncertainty_threshold),
+            name='report',
+            mem_gb=LIGHT_GB,
+        )
+        workflow.connect(
+            [
+                (inputnode, report, [('session', 'session'), ('boilerplate', 'boilerplate')]),
+                (align, report, [('alignments', 'alignments')]),
+                (segment, report, [(n, n) for n in ('labels', 'uncertainty', 'measures')]),
+                (measure, report, [('morph', 'morph'), ('qc', 'qc')]),
+                (report, publish, [('report', 'report'), ('figures', 'figures')]),
+            ]
+        )
+        if session.session:
+            subject_page = Node(
+                UpdateSubjectPage(subject=session.subject, output_dir=str(settings.output_dir)),
+                name='subject_page',
+                mem_gb=LIGHT_GB,
+            )
+            workflow.connect([(publish, subject_page, [('ledger', 'ledger')])])
+    return workflow
+
+
+def _stamp(path: str) -> str:
+    status = Path(path).stat()
+    return f'{status.st_size}-{status.st_mtime_ns}'

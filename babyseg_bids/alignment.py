@@ -16,27 +16,22 @@ from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
-from scipy import ndimage
 
-from .errors import AlignmentError
+from babyseg_bids.alignment_similarity import (
+    WORKING_MM,
+    Similarity,
+    Volume,
+    apply,
+    coverage,
+    head_volume,
+)
 
-# Edge length in mm of the voxels that the registration and its starting search work on.
-WORKING_MM = 2.0
-SEARCH_MM = 4.0
-# Nothing lower than this below the top of the head takes part: the neck bends, the skull does not.
-HEAD_HEIGHT_MM = 200.0
-MARGIN_MM = 10.0
 # Radius in mm of the sphere over which the difference of two transforms is averaged; a head is
 # about 40 mm (preterm) to 75 mm (five years) in radius.
 HEAD_RADIUS_MM = 60.0
 # Starting rotations, degrees about each axis; scanners rarely store a head further off than this.
 START_ANGLES = (-30.0, 0.0, 30.0)
 REFINED_STARTS = 3
-# Points at which the similarity is measured, and the least share of them that must lie in the
-# field of view of the moving scan.
-POINTS = 40_000
-MIN_OVERLAP = 0.25
-
 # The headers stand when registration moves the head by less than this, or improves the similarity
 # (less 1) by a smaller factor. Pairs of infant templates on one grid moved by 0.24 to 0.27 mm and
 # gained 2 to 2.5 %, the same image twice 0.02 to 0.08 mm; 0.5 mm of true shift costs 8 %.
@@ -46,7 +41,7 @@ IDENTITY_GAIN = 1.03
 # slices, noise, bias fields) 1.147.
 MIN_SIMILARITY = 1.05
 # Two different brains match in outline only, so that a shift of `PROBE_MM` hardly matters. The
-# share of the similarity left after it was 0.84 to 0.90 for brains of other children, and 0.36 to
+# share of the similarity left after it was 0.86 to 0.89 for brains of other children, and 0.36 to
 # 0.78 for true pairs, however degraded. Only pairs of low similarity are doubted at all: other
 # children reached 1.120, true pairs 1.147 and more.
 PROBE_MM = 3.0
@@ -87,18 +82,8 @@ class Alignment:
     reason: str
 
 
-@dataclass(frozen=True)
-class _Volume:
-    """A cropped scan: `data` in 0..1, voxel-to-world `affine`, head `mask`, `centre` in mm."""
-
-    data: np.ndarray
-    affine: np.ndarray
-    mask: np.ndarray
-    centre: np.ndarray
-
-
 def rms_displacement(matrix: np.ndarray, centre: np.ndarray, /) -> float:
-    """Root mean square displacement in mm over a head-sized sphere at `centre` (Jenkinson 1999)."""
+    """Root mean square displacement over a head-sized sphere at `centre`, mm (Jenkinson 1999)."""
     change = matrix[:3, :3] - np.eye(3)
     shift = matrix[:3, 3] + change @ centre
     spread = HEAD_RADIUS_MM**2 / 5 * np.trace(change.T @ change)
@@ -126,159 +111,13 @@ def rotation_matrix(degrees: Sequence[float], centre: np.ndarray, /) -> np.ndarr
     return matrix
 
 
-def normalised_mutual_information(
-    fixed: np.ndarray, moving: np.ndarray, /, *, bins: int = 32
-) -> float:
-    """(H(a) + H(b)) / H(a, b) of two lists of values in 0..1 (Studholme et al. 1999)."""
-    if not fixed.size:
-        return 1.0
-    a = np.clip((fixed * bins).astype(np.int64), 0, bins - 1)
-    b = np.clip((moving * bins).astype(np.int64), 0, bins - 1)
-    joint = np.bincount(a * bins + b, minlength=bins * bins).reshape(bins, bins) / a.size
-
-    def entropy(p: np.ndarray) -> float:
-        p = p[p > 0]
-        return float(-(p * np.log(p)).sum())
-
-    together = entropy(joint)
-    if together == 0:
-        return 1.0
-    return (entropy(joint.sum(0)) + entropy(joint.sum(1))) / together
-
-
-def _reduce(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Average blocks of voxels until they are nearly, but not over, `WORKING_MM` long."""
-    zooms = np.linalg.norm(affine[:3, :3], axis=0)
-    factors = np.maximum(1, np.floor(WORKING_MM / zooms + 1e-3)).astype(int)
-    factors = np.minimum(factors, data.shape)
-    blocks = [n // f for n, f in zip(data.shape, factors, strict=True)]
-    data = data[tuple(slice(0, b * f) for b, f in zip(blocks, factors, strict=True))]
-    shape = [n for pair in zip(blocks, factors, strict=True) for n in pair]
-    data = data.reshape(shape).mean(axis=(1, 3, 5), dtype=np.float32)
-    step = np.diag([*factors, 1.0])
-    step[:3, 3] = (factors - 1) / 2
-    return data, affine @ step
-
-
-def _threshold(values: np.ndarray) -> float:
-    """The threshold that best parts `values` into two classes (Otsu 1979)."""
-    counts, edges = np.histogram(values, 128)
-    centres = (edges[:-1] + edges[1:]) / 2
-    below = np.cumsum(counts)
-    above = below[-1] - below
-    total = np.cumsum(counts * centres)
-    with np.errstate(divide='ignore', invalid='ignore'):
-        gap = total / below - (total[-1] - total) / above
-        between = np.nan_to_num(below * above * gap**2)
-    return float(edges[1:][between.argmax()])
-
-
-def _head_mask(data: np.ndarray) -> np.ndarray:
-    """Largest connected part of the image that is not background, its holes filled."""
-    if (data == 0).mean() > 0.3:
-        # The image was masked: all that is left of it is head.
-        mask = data > 0
-    else:
-        # Half of Otsu's threshold keeps dark tissue; air in an unmasked scan lies well below.
-        top = np.quantile(data, 0.99)
-        smooth = ndimage.gaussian_filter(np.minimum(data, top), 1)
-        mask = smooth > 0.5 * _threshold(smooth)
-    parts, count = ndimage.label(mask)
-    if count == 0:
-        return np.zeros(data.shape, bool)
-    sizes = np.bincount(parts.ravel())
-    sizes[0] = 0
-    return ndimage.binary_fill_holes(parts == sizes.argmax())
-
-
-def _corners(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """The eight corners of a box, (8, 3)."""
-    return np.array(list(product(*zip(low, high, strict=True))), float)
-
-
-def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Transform points, (N, 3) to (N, 3)."""
-    return points @ matrix[:3, :3].T + matrix[:3, 3]
-
-
-def _volume(image: nib.Nifti1Image, what: str) -> _Volume:
-    """Crop to the head and resample to `WORKING_MM` along the world's axes.
-
-    ITK refuses sheared and mirrored matrices; a grid along the world's axes has neither.
-    """
-    data, affine = _reduce(np.asanyarray(image.dataobj, dtype=np.float32), image.affine)
-    mask = _head_mask(data)
-    found = np.argwhere(mask)
-    if not len(found):
-        raise AlignmentError(
-            f'The {what} image holds nothing but background, so it cannot be aligned. '
-            'Look at it in a viewer and leave it out.'
-        )
-    world = _apply(affine, found)
-    low, high = world.min(0), world.max(0)
-    low[2] = max(low[2], high[2] - HEAD_HEIGHT_MM)
-    low, high = low - MARGIN_MM, high + MARGIN_MM
-    shape = np.ceil((high - low) / WORKING_MM).astype(int) + 1
-    grid = np.diag([WORKING_MM] * 3 + [1.0])
-    grid[:3, 3] = low
-    pull = np.linalg.inv(affine) @ grid
-    head = world[world[:, 2] >= low[2] + MARGIN_MM]
-    floor, top = np.quantile(data, 0.01), np.quantile(data[mask], 0.99)
-    scale = max(top - floor, np.finfo(np.float32).tiny)
-    data = np.clip((data - floor) / scale, 0, 1)
-    out = ndimage.affine_transform(data, pull, output_shape=tuple(shape), order=1)
-    inside = ndimage.affine_transform(mask.astype(np.float32), pull, output_shape=tuple(shape))
-    return _Volume(out, grid, inside > 0.5, head.mean(0))
-
-
-class _Similarity:
-    """Normalised mutual information of two volumes as a function of the rigid transform.
-
-    It is measured at random points in and around the head of the reference. On a grid, a transform
-    that maps voxels onto voxels is not blurred by interpolation and scores too well.
-    """
-
-    def __init__(self, fixed: _Volume, moving: _Volume, covered: Any, /, *, seed: int):
-        rng = np.random.default_rng(seed)
-        near = ndimage.binary_dilation(fixed.mask, iterations=3)
-        voxels = np.argwhere(near)
-        voxels = voxels[rng.permutation(len(voxels))[:POINTS]]
-        voxels = voxels + rng.uniform(-0.5, 0.5, voxels.shape)
-        self._points = _apply(fixed.affine, voxels)
-        self._values = ndimage.map_coordinates(fixed.data, voxels.T, order=1)
-        self._moving = moving
-        self._to_voxels = np.linalg.inv(moving.affine)
-        self._covered = covered
-
-    def __call__(self, matrix: np.ndarray) -> float:
-        """Similarity when `matrix` maps the moving world to the reference world."""
-        points = _apply(np.linalg.inv(matrix), self._points)
-        seen = self._covered(points)
-        if seen.mean() < MIN_OVERLAP:
-            return 1.0
-        voxels = _apply(self._to_voxels, points[seen])
-        values = ndimage.map_coordinates(self._moving.data, voxels.T, order=1)
-        return normalised_mutual_information(self._values[seen], values)
-
-
-def _coverage(image: nib.Nifti1Image) -> Any:
-    """A function that tells which world points lie in the field of view of `image`."""
-    inverse, last = np.linalg.inv(image.affine), np.array(image.shape[:3]) - 0.5
-
-    def covered(points: np.ndarray) -> np.ndarray:
-        voxels = _apply(inverse, points)
-        return ((voxels >= -0.5) & (voxels <= last)).all(1)
-
-    return covered
-
-
-def _starts(fixed: _Volume, moving: _Volume) -> Iterator[np.ndarray]:
+def _starts(fixed: Volume, moving: Volume) -> Iterator[np.ndarray]:
     """Starting poses: as the headers say and centre on centre, each turned in many ways."""
     for centred in (False, True):
         shift = np.eye(4)
         if centred:
             shift[:3, 3] = fixed.centre - moving.centre
-        pivot = _apply(shift, moving.centre[None])[0]
+        pivot = apply(shift, moving.centre[None])[0]
         for degrees in product(START_ANGLES, repeat=3):
             yield rotation_matrix(degrees, pivot) @ shift
 
@@ -287,7 +126,8 @@ def _starts(fixed: _Volume, moving: _Volume) -> Iterator[np.ndarray]:
 def _deterministic(seed: int) -> Iterator[Any]:
     """ANTs, with sampling that `seed` fixes for as long as the block lasts."""
     variable = 'ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS'
-    before, state = os.environ.get(variable), np.random.get_state()
+    # ANTsPy seeds numpy's global generator, which is not ours to change.
+    before, state = os.environ.get(variable), np.random.get_state()  # noqa: NPY002
     os.environ[variable] = '1'
     import ants
 
@@ -297,7 +137,7 @@ def _deterministic(seed: int) -> Iterator[Any]:
         yield ants
     finally:
         ants.config.set_ants_deterministic(False, seed_value=None)
-        np.random.set_state(state)
+        np.random.set_state(state)  # noqa: NPY002
         if before is None:
             del os.environ[variable]
         else:
@@ -308,7 +148,7 @@ def _deterministic(seed: int) -> Iterator[Any]:
 _FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
-def _ants_image(ants: Any, volume: _Volume, matrix: np.ndarray) -> Any:
+def _ants_image(ants: Any, volume: Volume, matrix: np.ndarray) -> Any:
     """`volume` as an ANTs image that the rigid `matrix` has moved."""
     affine = _FLIP @ matrix @ volume.affine
     return ants.from_numpy(
@@ -319,7 +159,7 @@ def _ants_image(ants: Any, volume: _Volume, matrix: np.ndarray) -> Any:
     )
 
 
-def _refine(ants: Any, fixed: _Volume, moving: _Volume, start: np.ndarray) -> np.ndarray:
+def _refine(ants: Any, fixed: Volume, moving: Volume, start: np.ndarray) -> np.ndarray:
     """Rigid registration with Mattes mutual information, beginning at `start`."""
     with tempfile.TemporaryDirectory(prefix='babyseg-align-') as folder:
         result = ants.registration(
@@ -345,8 +185,8 @@ def _refine(ants: Any, fixed: _Volume, moving: _Volume, start: np.ndarray) -> np
     return np.linalg.inv(_FLIP @ pull @ _FLIP) @ start
 
 
-def _bluntness(similarity: _Similarity, matrix: np.ndarray) -> float:
-    """Share of the similarity that is left when the scan is shifted by `PROBE_MM` along each axis."""
+def _bluntness(similarity: Similarity, matrix: np.ndarray) -> float:
+    """Share of the similarity that is left when the scan is shifted by `PROBE_MM`."""
     peak = similarity(matrix) - 1
     left = []
     for axis, step in product(range(3), (-PROBE_MM, PROBE_MM)):
@@ -356,7 +196,7 @@ def _bluntness(similarity: _Similarity, matrix: np.ndarray) -> float:
     return float(np.mean(left) / peak) if peak > 0 else 1.0
 
 
-def _objection(similarity: _Similarity, matrix: np.ndarray) -> str:
+def _objection(similarity: Similarity, matrix: np.ndarray) -> str:
     """Why `matrix` cannot be trusted; empty when it can."""
     value, turn = similarity(matrix), rotation_angle(matrix)
     if value < MIN_SIMILARITY:
@@ -372,9 +212,9 @@ def _objection(similarity: _Similarity, matrix: np.ndarray) -> str:
 
 
 def _search(
-    fixed: _Volume, moving: _Volume, similarity: _Similarity, /, *, seed: int
+    fixed: Volume, moving: Volume, similarity: Similarity, /, *, seed: int
 ) -> tuple[np.ndarray, str]:
-    """Best transform of a few refined starts and the objection to it; stops at the first good one."""
+    """Best of a few refined starts, and the objection to it; the first good one ends the search."""
     starts = sorted(_starts(fixed, moving), key=similarity, reverse=True)
     best = starts[0]
     with _deterministic(seed) as ants:
@@ -407,12 +247,12 @@ def align(
         When one of the images holds nothing but background.
     """
     del threads
-    fixed, other = _volume(reference, 'reference'), _volume(moving, 'other')
-    similarity = _Similarity(fixed, other, _coverage(moving), seed=seed)
+    fixed, other = head_volume(reference, 'reference'), head_volume(moving, 'other')
+    similarity = Similarity(fixed, other, coverage(moving), seed=seed)
     before = similarity(np.eye(4))
     found, objection = _search(fixed, other, similarity, seed=seed)
     after = similarity(found)
-    centre = _apply(np.linalg.inv(found), fixed.centre[None])[0]
+    centre = apply(np.linalg.inv(found), fixed.centre[None])[0]
     shift = float(np.linalg.norm(fixed.centre - centre))
     turn = rotation_angle(found)
     status: Status

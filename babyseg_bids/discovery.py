@@ -173,6 +173,8 @@ def _check_dataset(bids_dir: Path) -> list[Flag]:
         raise UsageError(
             f'The dataset folder {bids_dir} cannot be read ({e.strerror}). Check its permissions.'
         ) from e
+    if not names:
+        raise NoInputError(f'{bids_dir} is empty. Give the root folder of the BIDS dataset.')
     if 'dataset_description.json' not in names and not any(n.startswith('sub-') for n in names):
         raise UsageError(
             f'{bids_dir} is no BIDS dataset: it has neither a dataset_description.json nor any '

@@ -14,6 +14,8 @@ from pathlib import Path
 GIB = 1024**3
 # What one session needs at its peak (network and scans of 1 mm), and babyseg itself.
 SESSION_GB = 3.0
+# What the steps before and after the network need.
+LIGHT_GB = 1.0
 # More threads than this hardly shorten one session's segmentation.
 MAX_THREADS = 8
 # Sessions side by side use processors better than many threads in one session: alignment, reading
@@ -43,12 +45,16 @@ class Plan:
     at_once : int
         Sessions segmented side by side.
     processors : int
-        Processors that the scheduler may hand out; more than `threads * at_once` never help.
+        Processors that the scheduler may hand out.
+    workers : int
+        Processes; each keeps about half a GiB of libraries even when it waits. One more than
+        `at_once` aligns the next scans or writes reports beside the network, if memory allows.
     """
 
     threads: int
     at_once: int
     processors: int
+    workers: int
 
 
 def parse_memory(text: str, /, *, unit: str = 'M') -> float:
@@ -121,7 +127,8 @@ def plan(
         threads = min(MAX_THREADS, max(1, nprocs // at_once))
     # The scheduler counts processors: with low_mem it must not find room for a second session.
     processors = threads if low_mem else nprocs
-    return Plan(threads, at_once, processors)
+    spare = not low_mem and mem_gb - at_once * SESSION_GB >= LIGHT_GB
+    return Plan(threads, at_once, processors, workers=min(nprocs, at_once + spare))
 
 
 def _affinity() -> int:

@@ -25,6 +25,7 @@ def evaluate(
     scans: int = 1,
     seed: int = 0,
     size: tuple[int, int, int] = (96, 112, 96),
+    both_sides: bool = True,
 ) -> pd.DataFrame:
     """Dice of each structure on synthetic scans, at the model's own resolution.
 
@@ -34,6 +35,7 @@ def evaluate(
     samples : drawn from each map
     scans : number of scans that each sample has
     size : voxels
+    both_sides : as in `predict`
 
     Returns
     -------
@@ -41,15 +43,13 @@ def evaluate(
     """
     table = label_table()
     shares = tuple(float(i == scans - 1) for i in range(4))
-    settings = replace(
-        SynthesisSettings(), size=size, spacing=model.spacing, group_shares=shares
-    )
+    settings = replace(SynthesisSettings(), size=size, spacing=model.spacing, group_shares=shares)
     rows = []
     for source in maps:
         for i in range(samples):
             sample = draw_sample([source], seed=seed + i, settings=settings)
             with torch.inference_mode():
-                labels = predict(sample.images, model).argmax(0)
+                labels = predict(sample.images, model, both_sides=both_sides).argmax(0)
             dice = hard_dice(labels, sample.target, classes=len(table)).numpy()
             names = [r.abbreviation for r in table.rows]
             rows.append({'map': source.name, **dict(zip(names, dice, strict=True))})

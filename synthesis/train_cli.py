@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument('--samples', type=int, default=20, help='of each child (default: 20)')
     evaluate.add_argument('--scans', type=int, default=1, choices=(1, 2, 3, 4))
     evaluate.add_argument('--seed', type=int, default=0)
+    evaluate.add_argument('--one-side', action='store_true', help='without the mirrored pass')
     evaluate.add_argument('--out', type=Path, help='table to write (.tsv)')
 
     export = commands.add_parser('export', help='write the averaged weights as a model file')
@@ -132,7 +133,14 @@ def _evaluate(args: argparse.Namespace) -> None:
     if not maps:
         raise InputError(f'{args.maps} holds none of the held-out maps {", ".join(HELD_OUT)}.')
     model = load_model(args.model)
-    dice = evaluate(model, maps, samples=args.samples, scans=args.scans, seed=args.seed)
+    dice = evaluate(
+        model,
+        maps,
+        samples=args.samples,
+        scans=args.scans,
+        seed=args.seed,
+        both_sides=not args.one_side,
+    )
     print(summarise(dice).to_string())
     if args.out:
         dice.to_csv(args.out, sep='\t', index=False, na_rep='n/a', float_format='%.4f')

@@ -9,12 +9,12 @@ from scipy import ndimage
 
 from babyseg_bids.alignment import (
     align,
-    normalised_mutual_information,
     rms_displacement,
     rotation_angle,
     rotation_matrix,
     write_transform,
 )
+from babyseg_bids.alignment_similarity import normalised_mutual_information
 from babyseg_bids.errors import AlignmentError
 
 AFFINE = np.array([[2.0, 0, 0, -60], [0, 2, 0, -70], [0, 0, 2, -50], [0, 0, 0, 1]])

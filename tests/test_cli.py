@@ -10,10 +10,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from babyseg_bids import __version__, messages
-from babyseg_bids.cli import checks, crashes, progress, scratch, tables, verdicts
+from babyseg_bids.cli import (
+    checks,
+    crashes,
+    execution,
+    progress,
+    scratch,
+    segment,
+    tables,
+    verdicts,
+)
 from babyseg_bids.cli.run import main
 from babyseg_bids.errors import NoInputError, OutputError, UsageError
 from babyseg_bids.records import Age, Flag, LedgerRow, Scan, SessionInputs
@@ -207,6 +218,76 @@ def test_an_interruption_has_its_own_exit_code(
     monkeypatch.setattr(signal, 'signal', lambda *_: None)
     assert main([str(tmp_path), str(tmp_path / 'out'), 'participant']) == 130
     assert 'Interrupted' in capsys.readouterr().err
+
+
+# The whole way, on a small phantom.
+
+
+def head(path: Path) -> None:
+    """Write an ellipsoid of two tissues in a darker shell, 4 mm voxels."""
+    points = np.stack(np.meshgrid(*[np.linspace(-1, 1, 40)] * 3, indexing='ij'))
+    radius = np.sqrt((points**2 / np.array([0.6, 0.75, 0.55])[:, None, None, None] ** 2).sum(0))
+    data = np.select([radius < 0.7, radius < 0.9, radius < 1], [100, 60, 20], 0)
+    noise = np.random.default_rng(0).normal(0, 2, data.shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image((data + noise).astype(np.float32), np.diag([4, 4, 4, 1])), path)
+
+
+def test_a_run_segments_what_it_can_and_a_second_one_has_nothing_to_do(
+    dataset: Path, tmp_path: Path
+) -> None:
+    head(dataset / 'sub-02' / 'anat' / 'sub-02_T2w.nii.gz')
+    words = (dataset, tmp_path / 'out', 'participant', '--no-report', '--mem', '4G')
+    first = babyseg(*words)
+    assert first.returncode == 0, first.stderr
+    assert 'sub-01: no usable image' in first.stderr
+    assert '1 segmented, 1 without a usable image' in first.stderr
+    anat = tmp_path / 'out' / 'sub-02' / 'anat'
+    labels = nib.load(anat / 'sub-02_space-T2w_desc-aseg_dseg.nii.gz')
+    scan = nib.load(dataset / 'sub-02' / 'anat' / 'sub-02_T2w.nii.gz')
+    assert labels.shape == scan.shape
+    assert not (tmp_path / 'out' / '.babyseg-work').exists()
+    (recorded,) = (tmp_path / 'out' / 'sub-02' / 'log').glob('*/babyseg.toml')
+    assert Settings.from_toml(recorded.read_text()).bids_dir == dataset
+    stamp = (anat / 'sub-02_desc-inputs_ledger.json').stat().st_mtime_ns
+    second = babyseg(*words)
+    assert second.returncode == 0
+    assert '1 done before' in second.stderr
+    assert (anat / 'sub-02_desc-inputs_ledger.json').stat().st_mtime_ns == stamp
+
+
+def test_one_case_without_bids_gives_four_files_and_keeps_existing_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head(tmp_path / 'baby.nii.gz')
+    words = [str(tmp_path / 'baby.nii.gz'), '--out', str(tmp_path / 'out'), '--threads', '1']
+    assert segment.main(words) == 0
+    written = sorted(p.name for p in (tmp_path / 'out').iterdir())
+    assert written == [f'baby{end}' for end in sorted(segment.FILES.values())]
+    assert segment.main(words) == 2
+    assert '--overwrite' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('words', 'code', 'expected'),
+    [
+        (['no.nii', '--out', 'x'], 2, 'no.nii does not exist'),
+        (['text.nii.gz', '--out', 'x'], 1, 'text.nii.gz cannot be used'),
+        (['text.nii.gz'], 2, '--out'),
+        (['text.nii.gz', '--out', 'x', '--thread', '3'], 2, 'Did you mean --threads?'),
+    ],
+)
+def test_one_case_without_bids_says_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    words: list[str], code: int, expected: str,
+) -> None:  # fmt: skip
+    (tmp_path / 'text.nii.gz').write_text('this is not an image')
+    monkeypatch.chdir(tmp_path)
+    assert segment.main(words) == code
+    said = capsys.readouterr().err
+    assert expected in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / 'x').exists()
 
 
 # The work folder.
@@ -456,6 +537,51 @@ def test_durations_are_written_as_people_say_them(seconds: float, text: str) -> 
     assert progress.duration(seconds) == text
 
 
+# Plugins and the share of the machine.
+
+
+@pytest.mark.parametrize(
+    'text',
+    ['plugin: SLURM\nplugin_args: {n: 4}', '{"plugin": "SLURM", "plugin_args": {"n": 4}}'],
+)
+def test_a_plugin_file_is_yaml_or_json(tmp_path: Path, text: str) -> None:
+    (tmp_path / 'plugin.yml').write_text(text)
+    assert execution.read_plugin(tmp_path / 'plugin.yml') == ('SLURM', {'n': 4})
+
+
+@pytest.mark.parametrize(
+    ('text', 'expected'),
+    [
+        ('plugin_args: {}', 'no key plugin'),
+        ('plugin: [', 'cannot be used'),
+        ('plugin: SLURM\nargs: {}', 'unknown key args'),
+        ('plugin: SLURM\nplugin_args: 4', 'not a mapping'),
+    ],
+)
+def test_a_bad_plugin_file_is_named_with_its_fault(
+    tmp_path: Path, text: str, expected: str
+) -> None:
+    (tmp_path / 'plugin.yml').write_text(text)
+    with pytest.raises(UsageError, match=expected) as caught:
+        execution.read_plugin(tmp_path / 'plugin.yml')
+    assert 'plugin.yml' in str(caught.value)
+
+
+def test_a_plugin_that_nipype_lacks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match='Did you mean SLURM'):
+        execution.check_plugin('SLRUM', tmp_path)
+
+
+def test_what_the_user_gives_goes_before_what_the_machine_has(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, nprocs=16, mem_gb=60.0)
+    decided, shares, cpus, memory = execution.decide_resources(settings, 100)
+    assert (decided.nprocs, decided.mem_gb, decided.omp_nthreads) == (16, 60, shares.threads)
+    assert (cpus.source, memory.source) == ('--nprocs', '--mem')
+    own = execution.decide_resources(settings_in(tmp_path), 100)[0]
+    assert own.nprocs >= 1
+    assert own.mem_gb > 0
+
+
 # The pool of workers.
 
 
@@ -531,7 +657,7 @@ if __name__ == '__main__':
         statuses[node.fullname.split('.')[1].removesuffix('_wf')] = status
 
     limit = Limit(1.5, 'control group')
-    execution.run_workflow(workflow, settings, Plan(1, 2, 2), limit, note)
+    execution.run_workflow(workflow, settings, Plan(1, 2, 2, 2), limit, note)
     found = [{'step': c.step, 'reason': c.reason} for c in crashes.read_crashes(settings)]
     print(json.dumps({'statuses': statuses, 'crashes': found}))
 """

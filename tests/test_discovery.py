@@ -276,6 +276,8 @@ def test_a_folder_that_is_no_dataset_is_a_usage_error(tmp_path: Path) -> None:
 
 
 def test_an_empty_dataset_has_no_input(tmp_path: Path) -> None:
+    with pytest.raises(NoInputError, match='is empty'):
+        find_sessions(tmp_path)
     with pytest.raises(NoInputError, match=r'no sub-\* folder'):
         find_sessions(dataset(tmp_path))
     (tmp_path / 'sub-01/func').mkdir(parents=True)

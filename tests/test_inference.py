@@ -15,7 +15,7 @@ from babyseg_bids.network.grid import (
     reference_box,
     working_grid,
 )
-from babyseg_bids.network.inference import remove_islands
+from babyseg_bids.network.inference import predict, remove_islands
 from babyseg_bids.network.intensity import normalise
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 from babyseg_bids.network.weights import save_model
@@ -229,3 +229,34 @@ def test_an_absent_device_is_refused_with_the_option_to_change():
         choose_device('cuda:99')
     with pytest.raises(UsageError, match='abacus'):
         choose_device('abacus')
+
+
+def test_a_network_that_prefers_one_side_is_balanced_by_the_mirrored_pass():
+    class Lopsided(SideNetwork):
+        def forward(self, x):
+            logits = super().forward(x)
+            logits[:, label_table().indices.tolist().index(2)] += 3
+            return logits
+
+    model = Model('lopsided', '0', Lopsided(), label_table(), 2.0, 16, {})
+    x = torch.rand(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    p = predict(x, model)
+    q = predict(x.flip(1), model)
+    mirror = torch.from_numpy(label_table().mirror_channels)
+    torch.testing.assert_close(p, q.flip(1)[mirror])
+    assert not torch.allclose(predict(x, model, both_sides=False), p, atol=1e-3)
+
+
+def test_bfloat16_agrees_with_float32(monkeypatch):
+    torch.manual_seed(0)
+    config = NetworkConfig(labels=28, encoder=(8, 8), decoder=(8, 8), head=(8,))
+    model = Model('random', '0', GroupUNet(config).eval(), label_table(), 2.0, 4, {})
+    x = torch.rand(1, 32, 32, 32)
+    results = []
+    for half in (False, True):
+        monkeypatch.setattr(
+            'babyseg_bids.network.inference.cpu_prefers_bfloat16', lambda h=half: h
+        )
+        with torch.inference_mode():
+            results.append(predict(x, model))
+    assert (results[0] - results[1]).abs().max() < 0.05

@@ -176,20 +176,21 @@ def test_a_plan_never_exceeds_processors_memory_or_sessions(
     assert shares.at_once == 1 or shares.at_once * SESSION_GB <= mem_gb
     assert shares.at_once <= sessions
     assert shares.threads <= resources.MAX_THREADS
+    assert shares.at_once <= shares.workers <= nprocs
 
 
 def test_many_processors_run_sessions_side_by_side() -> None:
     assert plan(16, 60, 100).at_once == 4
-    assert plan(2, 60, 100) == resources.Plan(threads=2, at_once=1, processors=2)
+    assert plan(2, 60, 100) == resources.Plan(threads=2, at_once=1, processors=2, workers=2)
 
 
 def test_little_memory_gives_each_session_more_threads_instead() -> None:
-    assert plan(16, 7, 100) == resources.Plan(threads=8, at_once=2, processors=16)
+    assert plan(16, 7, 100) == resources.Plan(threads=8, at_once=2, processors=16, workers=3)
 
 
 def test_low_memory_mode_leaves_no_room_for_a_second_session() -> None:
     shares = plan(16, 60, 100, low_mem=True)
-    assert shares.at_once == 1
+    assert (shares.at_once, shares.workers) == (1, 1)
     assert shares.processors == shares.threads
 
 

@@ -152,7 +152,10 @@ def run_workflow(
     if name != 'MultiProc':
         return _run(workflow, name, arguments)
     pool = SessionPool(
-        arguments, explain=explain_death(memory), logging_level=logging_level(settings.verbose)
+        arguments,
+        workers=shares.workers,
+        explain=explain_death(memory),
+        logging_level=logging_level(settings.verbose),
     )
     try:
         return _run(workflow, pool, None)

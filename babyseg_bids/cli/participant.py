@@ -64,6 +64,10 @@ def _check(settings: Settings, out: Console) -> None:
         checks.check_apart(settings.work_dir, settings.bids_dir, what='work')
     checks.check_ours(settings.output_dir)
     checks.check_files(settings)
+    if settings.plugin_file:
+        from babyseg_bids.cli.execution import read_plugin
+
+        read_plugin(settings.plugin_file)
     if not described and not settings.skip_bids_validation:
         out.print(f'Warning: {messages.no_description(settings.bids_dir)}', style='yellow')
 
@@ -110,9 +114,6 @@ def segment(sessions: Sequence[SessionInputs], settings: Settings, out: Console,
     """Run the workflow over sessions and clean up after it."""
     from babyseg_bids.cli import execution, traces
 
-    if settings.plugin_file:
-        # Whatever is wrong with it is said before the time is spent.
-        execution.read_plugin(settings.plugin_file)
     settings, shares, cpus, memory = execution.decide_resources(settings, len(sessions))
     sentence = messages.resources(settings.nprocs, settings.mem_gb, cpus.source, memory.source)
     out.print(f'{sentence} {messages.shares(shares.at_once, shares.threads)}')

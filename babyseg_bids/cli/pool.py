@@ -64,6 +64,8 @@ class SessionPool(MultiProcPlugin):
     ----------
     plugin_args : dict
         As for MultiProc.
+    workers : int
+        Processes at most, which may be fewer than the processors that steps share.
     explain : callable
         From the exit code of a dead worker (negative for a signal), or None when it is unknown, to
         a sentence for the user.
@@ -75,10 +77,12 @@ class SessionPool(MultiProcPlugin):
         self,
         plugin_args: Mapping[str, Any],
         *,
+        workers: int,
         explain: Callable[[int | None], str],
         logging_level: str = 'ERROR',
     ) -> None:
         super().__init__(plugin_args=dict(plugin_args))
+        self._workers = workers
         self._explain = explain
         self._logging_level = logging_level
         self._jobs: dict[int, tuple[Any, bool]] = {}
@@ -94,7 +98,7 @@ class SessionPool(MultiProcPlugin):
     def _new_pool(self) -> None:
         context = self.plugin_args.get('mp_context') or start_method()
         self.pool = ProcessPoolExecutor(
-            max_workers=self.processors,
+            max_workers=self._workers,
             initializer=start_worker,
             initargs=(self._cwd, os.getpid(), self._logging_level, bool(config.resource_monitor)),
             mp_context=multiprocessing.get_context(context),
@@ -164,8 +168,9 @@ class SessionPool(MultiProcPlugin):
             memory -= min(self.procs[job].mem_gb, self.memory_gb)
             processors -= min(self.procs[job].n_procs, self.processors)
             if memory < 0 or processors < 0:
-                return wanted[:place]
-        return wanted
+                wanted = wanted[:place]
+                break
+        return wanted[: max(0, self._workers - len(self.pending_tasks))]
 
     def _replace_pool(self) -> None:
         """Blame the one step that was in the broken pool, or have all try again one by one."""

@@ -139,11 +139,13 @@ def write(result: 'Result', targets: dict[str, Path], /) -> None:
     OutputError
         When they cannot be written.
     """
+    from babyseg_bids.morphometry import write_morph_tsv
+
     drafts = {what: path.with_name(f'.part-{path.name}') for what, path in targets.items()}
     try:
         for what in ('segmentation', 'brain_mask', 'uncertainty'):
             getattr(result, what).to_filename(drafts[what])
-        result.volumes.to_csv(drafts['volumes'], sep='\t', index=False, na_rep='n/a')
+        write_morph_tsv(result.volumes, drafts['volumes'])
         for what, draft in drafts.items():
             draft.replace(targets[what])
     except OSError as error:

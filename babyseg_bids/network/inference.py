@@ -125,17 +125,29 @@ def _tensor(x: np.ndarray, device: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(device)
 
 
-def predict(scans: Tensor, model: Model, /, *, device: str = 'cpu') -> Tensor:
-    """Posteriors (C, *size) float32 of prepared scans (G, *size) in 0..1.
+def predict(
+    scans: Tensor, model: Model, /, *, device: str = 'cpu', both_sides: bool = True
+) -> Tensor:
+    """Posteriors (C, *size) float32 of prepared scans (G, *size) in 0..1, in RAS axes.
 
     bfloat16 is used where the processor gains from it: GPUs, and CPUs with matrix units.
+
+    Parameters
+    ----------
+    both_sides : average with the result of the mirrored scans, whose labels change sides. It
+        costs a second pass, and takes away the network's own preference for a side.
     """
     network = model.network.to(device, memory_format=torch.channels_last_3d)
     half = device.startswith('cuda') or (device == 'cpu' and cpu_prefers_bfloat16())
     kind = device.split(':')[0]
     with torch.autocast(kind, torch.bfloat16, enabled=half):
-        logits = network(scans[None])[0]
-    return logits.float().softmax(0)
+        posteriors = network(scans[None])[0].float().softmax(0)
+        if both_sides:
+            mirrored = network(scans.flip(1)[None])[0].float().softmax(0)
+            channels = torch.from_numpy(model.labels.mirror_channels).to(mirrored.device)
+            posteriors += mirrored.flip(1)[channels]
+            posteriors /= 2
+    return posteriors
 
 
 def remove_islands(posteriors: Tensor, /) -> None:

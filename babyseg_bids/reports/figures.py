@@ -8,6 +8,7 @@ import io
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -61,7 +62,7 @@ class Volume:
 
 def load_volume(image: Path, labels: Path, uncertainty: Path | None = None) -> Volume:
     """Load what the pictures show: cropped to the brain first, then turned to RAS."""
-    label_image = nib.load(labels)
+    label_image = nib.Nifti1Image.from_filename(labels)
     array = np.asanyarray(label_image.dataobj)
     array = array.reshape(array.shape[:3]).astype(np.int16)
     margin = int(np.ceil(MARGIN_MM / min(label_image.header.get_zooms()[:3])))
@@ -74,7 +75,7 @@ def load_volume(image: Path, labels: Path, uncertainty: Path | None = None) -> V
         return nib.as_closest_canonical(nib.Nifti1Image(part, affine))
 
     def load(path: Path) -> np.ndarray:
-        data = np.asanyarray(nib.load(path).dataobj)
+        data = np.asanyarray(nib.Nifti1Image.from_filename(path).dataobj)
         part = data.reshape(data.shape[:3])[box].astype(np.float32)
         return np.nan_to_num(np.asarray(turned(part).dataobj), posinf=0, neginf=0)
 
@@ -215,38 +216,23 @@ def _annotate(picture: Image.Image, volume: Volume, layout: Layout) -> None:
     """Write the sides of the body and the position in mm onto each tile."""
     draw = ImageDraw.Draw(picture)
     centre = np.array(volume.labels.shape) / 2
+    outlined: dict[str, Any] = {'stroke_width': 2, 'stroke_fill': BACKGROUND}
     for plane, index, left, top, width, height in layout.tiles:
         axis, _, _, letters = GEOMETRY[plane]
-        middle = top + height // 2
+        # The corners are free, as brains are round.
         for letter, x, anchor in (
-            (letters[0], left + 4, 'lm'),
-            (letters[1], left + width - 4, 'rm'),
+            (letters[0], left + 5, 'la'),
+            (letters[1], left + width - 5, 'ra'),
         ):
-            draw.text(
-                (x, middle),
-                letter,
-                LETTER,
-                _font(19),
-                anchor=anchor,
-                stroke_width=1,
-                stroke_fill=BACKGROUND,
-            )
+            draw.text((x, top + 3), letter, LETTER, _font(22), anchor=anchor, **outlined)
         voxel = centre.copy()
         voxel[axis] = index
         mm = (volume.affine @ [*voxel, 1])[axis]
         text = f'{"xyz"[axis]} = {mm:+.0f} mm'
         if plane == 'sagittal':
             # The side of a sagittal slice is told relative to the middle of the brain.
-            text = ('left' if index < centre[0] else 'right') + f' · {text}'
-        draw.text(
-            (left + 6, top + height - 5),
-            text,
-            CAPTION,
-            _font(14),
-            anchor='ls',
-            stroke_width=1,
-            stroke_fill=BACKGROUND,
-        )
+            text = f'{"left" if index < centre[0] else "right"}, {text}'
+        draw.text((left + 6, top + height - 4), text, CAPTION, _font(16), anchor='ls', **outlined)
 
 
 def draw_scan(volume: Volume, layout: Layout, /, brightness: float = 1.0) -> Image.Image:
@@ -255,7 +241,9 @@ def draw_scan(volume: Volume, layout: Layout, /, brightness: float = 1.0) -> Ima
     picture = Image.new('RGB', layout.size, BACKGROUND)
     for plane, index, left, top, width, height in layout.tiles:
         grey = np.clip((cut(volume.image, plane, index) - low) / (high - low), 0, 1)
-        tile = _resize((grey * 255 * brightness).astype(np.uint8), (width, height), Image.Resampling.BICUBIC)
+        tile = _resize(
+            (grey * 255 * brightness).astype(np.uint8), (width, height), Image.Resampling.BICUBIC
+        )
         picture.paste(Image.fromarray(tile), (left, top))
     _annotate(picture, volume, layout)
     return picture
@@ -290,6 +278,16 @@ def heat_colours(values: np.ndarray, /) -> np.ndarray:
     return ((1 - share) * HEAT[low] + share * HEAT[low + 1]).astype(np.uint8)
 
 
+def _shown(values: np.ndarray) -> np.ndarray:
+    """Place of an uncertainty in the heat map: its darkest end would not be seen on a scan."""
+    return 0.15 + 0.85 * values
+
+
+def heat_stops(number: int = 9) -> np.ndarray:
+    """Colours of evenly spaced uncertainties from 0 to 1, (N, 3), for a colour bar."""
+    return heat_colours(_shown(np.linspace(0, 1, number)))
+
+
 def draw_uncertainty(volume: Volume, layout: Layout, threshold: float, /) -> Image.Image:
     """Uncertainty in colour over the darkened scan; what is over the threshold is outlined."""
     picture = draw_scan(volume, layout, brightness=0.7)
@@ -300,7 +298,7 @@ def draw_uncertainty(volume: Volume, layout: Layout, threshold: float, /) -> Ima
         values = _resize(part, (width, height), Image.Resampling.BILINEAR)
         alpha = np.clip(values / max(threshold, 1e-6), 0, 1) * 0.85
         alpha[outline((values > threshold).astype(np.int8))] = 1
-        colours = heat_colours(0.15 + 0.85 * values)
+        colours = heat_colours(_shown(values))
         tile = np.dstack([colours, (alpha * 255).astype(np.uint8)])
         layer = Image.fromarray(tile, 'RGBA')
         picture.paste(layer, (left, top), layer)

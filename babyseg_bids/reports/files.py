@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from babyseg_bids.errors import OutputError
+from babyseg_bids.files import natural_key
 from babyseg_bids.morphometry import MEASURES, MISSING
 from babyseg_bids.records import SEVERITIES, Age, Flag
 
@@ -35,7 +36,7 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes, /) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_bytes(data)
-        os.replace(draft, path)
+        draft.replace(path)
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise OutputError(
@@ -75,20 +76,6 @@ def unique_flags(flags: Iterable[Flag], /) -> list[Flag]:
     """Flags without repetition, the most severe first."""
     order = {name: place for place, name in enumerate(SEVERITIES)}
     return sorted(dict.fromkeys(flags), key=lambda f: order.get(f.severity, len(order)))
-
-
-def sort_key(text: str | None, /) -> tuple[Any, ...]:
-    """Order labels as people do: `ses-2` before `ses-10`."""
-    parts, digits = [], ''
-    for char in f'{text or ""}\0':
-        if char.isdecimal():
-            digits += char
-            continue
-        if digits:
-            parts.append((0, int(digits), ''))
-            digits = ''
-        parts.append((1, 0, char))
-    return tuple(parts)
 
 
 @dataclass(frozen=True)
@@ -153,7 +140,7 @@ def _as_flags(content: Any) -> list[Flag]:
         if isinstance(item, dict):
             severity = item.get('severity')
             text = str(item.get('message') or item.get('code') or item)
-            known = severity if severity in SEVERITIES else 'warning'
+            known = next((s for s in SEVERITIES if s == severity), 'warning')
             flags.append(Flag(str(item.get('code', 'unknown')), known, text))
         else:
             flags.append(Flag(str(item), 'warning', str(item)))
@@ -174,7 +161,7 @@ def _as_age(content: Any) -> Age:
 def _one(files: list[Path], space: str | None = None) -> Path | None:
     """The file to read where there may be several: that of the reference's space first."""
     chosen = [f for f in files if space and f'_space-{space}_' in f.name]
-    return sorted(chosen or files)[0] if files else None
+    return min(chosen or files, default=None)
 
 
 def read_session(folder: Path, /, subject: str, session: str | None) -> Derivative | None:
@@ -209,10 +196,10 @@ def read_session(folder: Path, /, subject: str, session: str | None) -> Derivati
 def collect(out_dir: Path, /, subject: str | None = None) -> list[Derivative]:
     """All sessions of an output folder (or of one subject), in natural order."""
     found = []
-    for folder in sorted(out_dir.glob(f'sub-{subject or "*"}'), key=lambda p: sort_key(p.name)):
+    for folder in sorted(out_dir.glob(f'sub-{subject or "*"}'), key=lambda p: natural_key(p.name)):
         name = folder.name.removeprefix('sub-')
-        places = [(folder / 'anat', None)]
-        sessions = sorted(folder.glob('ses-*'), key=lambda p: sort_key(p.name))
+        places: list[tuple[Path, str | None]] = [(folder / 'anat', None)]
+        sessions = sorted(folder.glob('ses-*'), key=lambda p: natural_key(p.name))
         places += [(p / 'anat', p.name.removeprefix('ses-')) for p in sessions]
         for place, session in places:
             if place.is_dir():

@@ -1,13 +1,79 @@
 """The page of one session: what was done, what to look at, and the numbers."""
 
+import base64
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from PIL import Image
 
+from babyseg_bids.labels import LabelTable, label_table
+from babyseg_bids.longitudinal import spoken_tissue
+from babyseg_bids.morphometry import asymmetry_index, brain_volume, tissue_totals
+from babyseg_bids.qc_flags import LIMITS
 from babyseg_bids.records import Flag, SessionInputs
+from babyseg_bids.reports import figures as fig
+from babyseg_bids.reports import wording as say
+from babyseg_bids.reports.files import render, unique_flags, write_atomic
+
+# Slices of each plane, and how many stand side by side; sagittal ones are wider than the others.
+SLICES = {'axial': (10, 5), 'coronal': (10, 5), 'sagittal': (8, 4)}
+UNCERTAINTY_SLICES = 6
+MISSING_ALIGNMENT = 'not aligned'
+DOUBTS_SHOWN = 6
+
+REFERENCES = (
+    (
+        (
+            'Hoffmann M, Zöllei L, Dalca AV (2025). Deep infant brain segmentation from '
+            'multi-contrast MRI.'
+        ),
+        'https://arxiv.org/abs/2512.05114',
+    ),
+    (
+        (
+            'Gorgolewski KJ et al. (2016). The brain imaging data structure, a format for '
+            'organizing and describing outputs of neuroimaging experiments. Scientific Data 3, '
+            '160044.'
+        ),
+        'https://doi.org/10.1038/sdata.2016.44',
+    ),
+    (
+        (
+            'Avants BB et al. (2011). A reproducible evaluation of ANTs similarity metric '
+            'performance in brain image registration. NeuroImage 54(3), 2033-2044.'
+        ),
+        'https://doi.org/10.1016/j.neuroimage.2010.09.025',
+    ),
+    (
+        (
+            'Esteban O et al. (2017). MRIQC: advancing the automatic prediction of image quality '
+            'in MRI from unseen sites. PLoS ONE 12(9), e0184661.'
+        ),
+        'https://doi.org/10.1371/journal.pone.0184661',
+    ),
+)
+
+# Measures in the order of the page, with their form.
+MEASURE_NAMES: dict[str, tuple[str, str]] = {
+    'mean_confidence': ('Mean confidence', '.3f'),
+    'uncertain_share': ('Share of the brain over the uncertainty threshold', '.3f'),
+    'snr_white_matter': ('Signal to noise, white matter', '.1f'),
+    'snr_cortex': ('Signal to noise, cortex', '.1f'),
+    'snr_deep_grey': ('Signal to noise, deep grey matter', '.1f'),
+    'cnr_white_matter_cortex': ('Contrast to noise, white matter and cortex', '.2f'),
+    'cnr_cortex_ventricle': ('Contrast to noise, cortex and ventricles', '.2f'),
+    'largest_component_min': ('Largest piece of the most fragmented structure (share)', '.3f'),
+    'left_right_axis': ('Left-right axis of the labels against the scanner (cosine)', '.3f'),
+    'left_right_misplaced_share': ('Left or right labels beyond the midline (share)', '.4f'),
+    'hemisphere_asymmetry_percent': ('Asymmetry of the hemispheres (%, left larger: +)', '+.1f'),
+    'structure_asymmetry_percent': ('Asymmetry of the most asymmetric structure (%)', '+.1f'),
+    'edge_area_mm2': ('Brain in the edge of the image (mm²)', '.0f'),
+}
 
 
 @dataclass(frozen=True)
@@ -37,3 +103,257 @@ class SessionReportData:
     version: str = 'unknown'
     boilerplate: str = ''
     uncertainty_threshold: float = 0.3
+
+
+def _embed(data: bytes) -> str:
+    """A picture as an address that holds it."""
+    return 'data:image/webp;base64,' + base64.b64encode(data).decode('ascii')
+
+
+def _picture(scan: Image.Image, title: str, alt: str, overlay: Image.Image | None = None) -> dict:
+    """What the template needs of one picture."""
+    return {
+        'scan': _embed(fig.encode(scan)),
+        'overlay': None if overlay is None else _embed(fig.encode(overlay)),
+        'width': scan.width,
+        'height': scan.height,
+        'title': title,
+        'alt': alt,
+    }
+
+
+def draw_session(data: SessionReportData, /) -> tuple[list[dict], dict | None]:
+    """Draw all pictures, write them into `figures_dir`, and return them for the page.
+
+    The files are `<session>_desc-<plane>_dseg.png` and `<session>_desc-uncertainty_dseg.png`.
+    """
+    volume = fig.load_volume(data.reference_image, data.labels, data.uncertainty)
+    stem = f'{data.inputs.name}_desc-'
+    pictures = []
+    for plane, (slices, columns) in SLICES.items():
+        layout = fig.lay_out(volume, [(plane, slices)], columns)
+        scan = fig.draw_scan(volume, layout)
+        overlay = fig.draw_labels(volume, layout)
+        path = data.figures_dir / f'{stem}{plane}_dseg.png'
+        write_atomic(path, fig.encode(fig.blend(scan, overlay), 'PNG'))
+        title = f'{plane.capitalize()} slices'
+        alt = (
+            f'{slices} {plane} slices over the brain in the reference scan of {data.inputs.name}.'
+        )
+        pictures.append(_picture(scan, title, alt, overlay))
+    if volume.uncertainty is None:
+        return pictures, None
+    rows = [(plane, UNCERTAINTY_SLICES) for plane in fig.PLANES]
+    layout = fig.lay_out(volume, rows, UNCERTAINTY_SLICES)
+    scan = fig.draw_uncertainty(volume, layout, data.uncertainty_threshold)
+    write_atomic(data.figures_dir / f'{stem}uncertainty_dseg.png', fig.encode(scan, 'PNG'))
+    title = 'Uncertainty in axial, coronal and sagittal slices'
+    return pictures, _picture(scan, title, f'{title} of {data.inputs.name}.')
+
+
+def legend(table: LabelTable, /) -> list[dict[str, str]]:
+    """One entry for each colour; both sides of a structure share one."""
+    rows = [row for row in table.structures if row.hemisphere != 'R']
+    return [{'color': row.color, 'name': say.structure_name(row.name)} for row in rows]
+
+
+def _facts(data: SessionReportData, flags: list[Flag]) -> list[tuple[str, str, str]]:
+    """Term, value and detail of the summary."""
+    inputs = data.inputs
+    counts = {s: sum(f.severity == s for f in flags) for s in ('severe', 'warning', 'info')}
+    found = ', '.join(f'{n} {s}' for s, n in counts.items() if n) or 'none'
+    used = len(inputs.scans)
+    rejected = sum(row.status == 'rejected' for row in inputs.ledger)
+    scans = f'{used} used' + (f', {rejected} not used' if rejected else '')
+    return [
+        ('Subject', inputs.subject, ''),
+        ('Session', inputs.session or 'none', ''),
+        ('Age at scan', say.age_text(inputs.age), f'from: {inputs.age.source}'),
+        ('Segmented brain volume', f'{say.millilitres(brain_volume(data.morph))} mL', ''),
+        ('Scans', scans, ', '.join(dict.fromkeys(s.suffix for s in inputs.scans))),
+        ('Flags', found, ''),
+        ('Model', data.model, f'babyseg {data.version}'),
+        ('Time', say.duration(data.seconds), f'on {data.device}'),
+    ]
+
+
+def _alignment(transform: Mapping[str, Any] | None) -> str:
+    """One scan's alignment in words."""
+    if transform is None:
+        return MISSING_ALIGNMENT
+    status = transform.get('status')
+    if status == 'identity':
+        return 'already aligned'
+    parts = []
+    for key, form, unit in (('rotation_deg', '.1f', '°'), ('translation_mm', '.1f', ' mm')):
+        value = transform.get(key)
+        if value is not None:
+            size = float(np.linalg.norm(value))
+            parts.append(f'{"turned" if unit == "°" else "moved"} by {size:{form}}{unit}')
+    text = ', '.join(parts)
+    if status == 'refused':
+        return 'refused' + (f' ({text})' if text else '')
+    return text or str(status or MISSING_ALIGNMENT)
+
+
+STATUS_LEVELS = {'reference': 'good', 'used': 'good', 'rejected': 'warning'}
+
+
+def _scan_rows(data: SessionReportData) -> list[dict[str, str]]:
+    """The ledger with weights and alignment."""
+    used = (s.relative_path for s in data.inputs.scans)
+    weights = dict(zip(used, data.scan_weights, strict=False))
+    transforms = {str(t.get('scan')): t for t in data.transforms}
+    rows = []
+    for row in data.inputs.ledger:
+        weight = weights.get(row.relative_path)
+        stem = row.relative_path.rsplit('/', 1)[-1].split('.')[0]
+        parts = [p for p in stem.split('_') if not p.startswith(('sub-', 'ses-'))]
+        transform = transforms.get(row.relative_path) or transforms.get('_'.join(parts))
+        alignment = _alignment(transform) if row.status != 'reference' else 'is the reference'
+        rows.append(
+            {
+                'path': row.relative_path,
+                'suffix': row.suffix,
+                'status': row.status if row.status != 'rejected' else 'not used',
+                'level': STATUS_LEVELS.get(row.status, 'info'),
+                'weight': '' if weight is None else say.percent(weight, 0),
+                'reason': row.reason,
+                'alignment': alignment,
+            }
+        )
+    return rows
+
+
+def _structure_rows(morph: pd.DataFrame, table: LabelTable) -> list[dict[str, Any]]:
+    """The volumes table: one row a structure, left and right side by side."""
+    by_index = {int(r['index']): r for r in morph.to_dict('records')}
+    total = brain_volume(morph)
+    rows = []
+    for row in table.structures:
+        if row.hemisphere == 'R':
+            continue
+        paired = row.mirror != row.index
+        left, right = by_index[row.index], by_index[row.mirror]
+        sides = [left['volume-mm3'], right['volume-mm3']]
+        # The sum of both sides is unknown when one was not found.
+        both = sum(sides) if paired else sides[0]
+        rows.append(
+            {
+                'name': say.structure_name(row.name),
+                'color': row.color,
+                'paired': paired,
+                'left': say.millilitres(sides[0]) if paired else '',
+                'right': say.millilitres(sides[1]) if paired else '',
+                'both': say.millilitres(both),
+                'asymmetry': say.number(asymmetry_index(*sides), '+.1f') if paired else '',
+                'share': say.percent(both / total if total > 0 else None, 2),
+                'sure_left': say.number(left['mean-confidence']),
+                'sure_right': say.number(right['mean-confidence']) if paired else '',
+            }
+        )
+    return rows
+
+
+def _tissue_rows(morph: pd.DataFrame) -> tuple[list[dict[str, Any]], int]:
+    """Tissue totals with the lengths of their bars, and the end of the bars' scale in percent."""
+    totals = tissue_totals(morph)
+    largest = totals['fraction-of-brain'].max()
+    scale = int(np.ceil(10 * largest) * 10) if np.isfinite(largest) else 100
+    rows = []
+    for row in totals.to_dict('records'):
+        share = row['fraction-of-brain']
+        rows.append(
+            {
+                'name': spoken_tissue(row['tissue']),
+                'volume': say.millilitres(row['volume-mm3']),
+                'share': say.percent(share),
+                'width': f'{100 * 100 * share / scale:.1f}' if np.isfinite(share) else '0',
+            }
+        )
+    return rows, scale
+
+
+def _doubt_rows(data: SessionReportData, table: LabelTable) -> list[dict[str, str]]:
+    """The structures with the largest share of uncertain voxels."""
+    shares = data.qc.get('uncertain_share_by_structure') or {}
+    sure = dict(zip(data.morph['abbreviation'], data.morph['mean-confidence'], strict=True))
+    named = {r.abbreviation: r for r in table.structures}
+    worst = sorted((k for k in shares if k in named and shares[k] > 0), key=lambda k: -shares[k])
+    return [
+        {
+            'name': say.sided_name(named[k]),
+            'color': named[k].color,
+            'share': say.percent(shares[k], 0),
+            'confidence': say.number(sure[k]),
+        }
+        for k in worst[:DOUBTS_SHOWN]
+    ]
+
+
+def _quality_rows(data: SessionReportData, flags: list[Flag]) -> list[dict[str, str]]:
+    """The measures with their limits, and whether they were flagged."""
+    raised = {f.code: f.severity for f in flags}
+    rows = []
+    for key, (name, form) in MEASURE_NAMES.items():
+        if key not in data.qc:
+            continue
+        value, limit = data.qc[key], LIMITS.get(key)
+        level = raised.get(limit.code, '') if limit else ''
+        judged = limit is not None and value is not None
+        rows.append(
+            {
+                'name': name,
+                'value': say.number(value, form),
+                'limit': say.limit_text(limit) if limit else '',
+                'level': level or ('good' if judged else ''),
+                'verdict': level or 'fine',
+            }
+        )
+    return rows
+
+
+def write_session_report(path: str | os.PathLike[str], data: SessionReportData, /) -> None:
+    """Write the page of a session, with everything that it shows inside it.
+
+    Parameters
+    ----------
+    path : path of the HTML file; it appears when it is complete
+    data : what to show; its pictures also go to `data.figures_dir` as PNG files
+
+    Raises
+    ------
+    OutputError
+        The page or a picture cannot be written.
+    """
+    table = label_table()
+    flags = unique_flags(data.flags)
+    pictures, uncertainty = draw_session(data)
+    tissues, tissue_scale = _tissue_rows(data.morph)
+    methods = say.markdown_blocks(data.boilerplate)
+    cited = any(kind == 'heading' and text == 'References' for kind, text in methods)
+    page = render(
+        'session.html',
+        name=data.inputs.name,
+        version=data.version,
+        made=say.now(),
+        heat=', '.join(f'rgb({r:.0f},{g:.0f},{b:.0f})' for r, g, b in fig.heat_stops()),
+        verdict=say.verdict(flags),
+        facts=_facts(data, flags),
+        scans=_scan_rows(data),
+        flags=flags,
+        reference=data.inputs.scans[0].label if data.inputs.scans else data.reference_image.name,
+        legend=legend(table),
+        figures=pictures,
+        uncertainty=uncertainty,
+        threshold=f'{data.uncertainty_threshold:g}',
+        doubts=_doubt_rows(data, table),
+        total=say.millilitres(brain_volume(data.morph)),
+        tissues=tissues,
+        tissue_scale=tissue_scale,
+        structures=_structure_rows(data.morph, table),
+        quality=_quality_rows(data, flags),
+        methods=methods,
+        references=() if cited else REFERENCES,
+    )
+    write_atomic(path, page)

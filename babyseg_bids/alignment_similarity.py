@@ -1,0 +1,183 @@
+"""How alike two scans of any contrast are in a given position, on coarse copies of the heads."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+
+from babyseg_bids.errors import AlignmentError
+
+# Edge length in mm of the voxels that the registration works on.
+WORKING_MM = 2.0
+# Nothing lower than this below the top of the head takes part: the neck bends, the skull does not.
+HEAD_HEIGHT_MM = 200.0
+MARGIN_MM = 10.0
+# Points at which the similarity is measured, and the least share of them that must lie in the
+# field of view of the moving scan.
+POINTS = 40_000
+MIN_OVERLAP = 0.25
+
+Coverage = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A cropped scan: `data` in 0..1, voxel-to-world `affine`, head `mask`, `centre` in mm."""
+
+    data: np.ndarray
+    affine: np.ndarray
+    mask: np.ndarray
+    centre: np.ndarray
+
+
+def normalised_mutual_information(
+    fixed: np.ndarray, moving: np.ndarray, /, *, bins: int = 32
+) -> float:
+    """(H(a) + H(b)) / H(a, b) of two lists of values in 0..1 (Studholme et al. 1999)."""
+    if not fixed.size:
+        return 1.0
+    a = np.clip((fixed * bins).astype(np.int64), 0, bins - 1)
+    b = np.clip((moving * bins).astype(np.int64), 0, bins - 1)
+    joint = np.bincount(a * bins + b, minlength=bins * bins).reshape(bins, bins) / a.size
+
+    def entropy(p: np.ndarray) -> float:
+        p = p[p > 0]
+        return float(-(p * np.log(p)).sum())
+
+    together = entropy(joint)
+    if together == 0:
+        return 1.0
+    return (entropy(joint.sum(0)) + entropy(joint.sum(1))) / together
+
+
+def apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Transform points, (N, 3) to (N, 3)."""
+    return points @ matrix[:3, :3].T + matrix[:3, 3]
+
+
+def _reduce(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Average blocks of voxels until they are nearly, but not over, `WORKING_MM` long."""
+    zooms = np.linalg.norm(affine[:3, :3], axis=0)
+    factors = np.maximum(1, np.floor(WORKING_MM / zooms + 1e-3)).astype(int)
+    factors = np.minimum(factors, data.shape)
+    blocks = [n // f for n, f in zip(data.shape, factors, strict=True)]
+    data = data[tuple(slice(0, b * f) for b, f in zip(blocks, factors, strict=True))]
+    shape = [n for pair in zip(blocks, factors, strict=True) for n in pair]
+    data = data.reshape(shape).mean(axis=(1, 3, 5), dtype=np.float32)
+    step = np.diag([*factors, 1.0])
+    step[:3, 3] = (factors - 1) / 2
+    return data, affine @ step
+
+
+def _threshold(values: np.ndarray) -> float:
+    """The threshold that best parts `values` into two classes (Otsu 1979)."""
+    counts, edges = np.histogram(values, 128)
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)
+    above = below[-1] - below
+    total = np.cumsum(counts * centres)
+    with np.errstate(divide='ignore', invalid='ignore'):
+        gap = total / below - (total[-1] - total) / above
+        between = np.nan_to_num(below * above * gap**2)
+    return float(edges[1:][between.argmax()])
+
+
+def _head_mask(data: np.ndarray) -> np.ndarray:
+    """Largest connected part of the image that is not background, its holes filled."""
+    if (data == 0).mean() > 0.3:
+        # The image was masked: all that is left of it is head.
+        mask = data > 0
+    else:
+        # Half of Otsu's threshold keeps dark tissue; air in an unmasked scan lies well below.
+        top = np.quantile(data, 0.99)
+        smooth = ndimage.gaussian_filter(np.minimum(data, top), 1)
+        mask = smooth > 0.5 * _threshold(smooth)
+    parts, count = ndimage.label(mask)
+    if count == 0:
+        return np.zeros(data.shape, bool)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return ndimage.binary_fill_holes(parts == sizes.argmax())
+
+
+def head_volume(image: nib.Nifti1Image, what: str, /) -> Volume:
+    """Crop to the head and resample to `WORKING_MM` along the world's axes.
+
+    ITK refuses sheared matrices; a grid along the world's axes has none.
+
+    Parameters
+    ----------
+    what : `reference` or `other`, for the error's sentence
+
+    Raises
+    ------
+    AlignmentError
+        When there is nothing but background.
+    """
+    data, affine = _reduce(np.asanyarray(image.dataobj, dtype=np.float32), image.affine)
+    # Some scans have an offset, or a background below zero.
+    data = np.maximum(data - np.quantile(data, 0.01), 0)
+    mask = _head_mask(data)
+    found = np.argwhere(mask)
+    if not len(found):
+        raise AlignmentError(
+            f'The {what} image holds nothing but background, so it cannot be aligned. '
+            'Look at it in a viewer and leave it out.'
+        )
+    world = apply(affine, found)
+    low, high = world.min(0), world.max(0)
+    low[2] = max(low[2], high[2] - HEAD_HEIGHT_MM)
+    low, high = low - MARGIN_MM, high + MARGIN_MM
+    shape = np.ceil((high - low) / WORKING_MM).astype(int) + 1
+    grid = np.diag([WORKING_MM] * 3 + [1.0])
+    grid[:3, 3] = low
+    pull = np.linalg.inv(affine) @ grid
+    head = world[world[:, 2] >= low[2] + MARGIN_MM]
+    top = max(np.quantile(data[mask], 0.99), np.finfo(np.float32).tiny)
+    data = np.minimum(data / top, 1)
+    out = ndimage.affine_transform(data, pull, output_shape=tuple(shape), order=1)
+    inside = ndimage.affine_transform(mask.astype(np.float32), pull, output_shape=tuple(shape))
+    return Volume(out, grid, inside > 0.5, head.mean(0))
+
+
+class Similarity:
+    """Normalised mutual information of two volumes as a function of the rigid transform.
+
+    It is measured at random points in and around the head of the reference. On a grid, a transform
+    that maps voxels onto voxels is not blurred by interpolation and scores too well.
+    """
+
+    def __init__(self, fixed: Volume, moving: Volume, covered: Coverage, /, *, seed: int):
+        rng = np.random.default_rng(seed)
+        near = ndimage.binary_dilation(fixed.mask, iterations=3)
+        voxels = np.argwhere(near)
+        voxels = voxels[rng.permutation(len(voxels))[:POINTS]]
+        voxels = voxels + rng.uniform(-0.5, 0.5, voxels.shape)
+        self._points = apply(fixed.affine, voxels)
+        self._values = ndimage.map_coordinates(fixed.data, voxels.T, order=1)
+        self._moving = moving
+        self._to_voxels = np.linalg.inv(moving.affine)
+        self._covered = covered
+
+    def __call__(self, matrix: np.ndarray) -> float:
+        """Similarity when `matrix` maps the moving world to the reference world."""
+        points = apply(np.linalg.inv(matrix), self._points)
+        seen = self._covered(points)
+        if seen.mean() < MIN_OVERLAP:
+            return 1.0
+        voxels = apply(self._to_voxels, points[seen])
+        values = ndimage.map_coordinates(self._moving.data, voxels.T, order=1)
+        return normalised_mutual_information(self._values[seen], values)
+
+
+def coverage(image: nib.Nifti1Image) -> Coverage:
+    """A function that tells which world points lie in the field of view of `image`."""
+    inverse, last = np.linalg.inv(image.affine), np.array(image.shape[:3]) - 0.5
+
+    def covered(points: np.ndarray) -> np.ndarray:
+        voxels = apply(inverse, points)
+        return ((voxels >= -0.5) & (voxels <= last)).all(1)
+
+    return covered

@@ -1,0 +1,147 @@
+"""Growth of one child: how volumes change between sessions, and changes that cannot be right."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
+
+import pandas as pd
+
+from babyseg_bids.labels import LabelTable, label_table
+from babyseg_bids.records import Flag
+
+BRAIN = 'Segmented brain'
+
+# Tissues that do not shrink in the first years. Ventricles do at times.
+GROWING_TISSUES = ('white-matter', 'cortex', 'deep-grey', 'cerebellum', 'brainstem')
+GROWING_UNTIL_MONTHS = 60.0
+
+# Repeated scans of one child differ by a few percent; a larger loss is not noise.
+SHRINKAGE_PERCENT = 5.0
+
+# No brain doubles in a month after birth; a steeper rise means other anatomy in the scan, such
+# as a cerebellum that the earlier scan lacks.
+GROWTH_PERCENT_PER_MONTH = 60.0
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One session of a child: its label, age in months, and volumes (mm3) by FreeSurfer number."""
+
+    session: str
+    months: float | None
+    volumes: Mapping[int, float]
+
+
+def spoken_tissue(tissue: str, /) -> str:
+    """A tissue's name for people.
+
+    >>> spoken_tissue('deep-grey')
+    'Deep grey matter'
+    """
+    names = {'deep-grey': 'Deep grey matter', 'ventricle': 'Ventricles', 'cortex': 'Cortex'}
+    return names.get(tissue, tissue.replace('-', ' ').capitalize())
+
+
+def group_volumes(
+    volumes: Mapping[int, float], table: LabelTable | None = None
+) -> dict[str, float]:
+    """Volumes in mm3 of the whole brain and of each tissue that is present.
+
+    Keys are `BRAIN` and the spoken names of the tissues, in the order of the label table.
+    """
+    table = table or label_table()
+    sums: dict[str, float] = {}
+    for row in table.structures:
+        if row.index in volumes:
+            sums[row.tissue] = sums.get(row.tissue, 0.0) + volumes[row.index]
+    total = {BRAIN: sum(sums.values())} if sums else {}
+    return total | {spoken_tissue(tissue): value for tissue, value in sums.items()}
+
+
+def structure_volumes(
+    volumes: Mapping[int, float], table: LabelTable | None = None
+) -> dict[str, float]:
+    """Volumes in mm3 of each structure, left and right added; absent where a side is."""
+    table = table or label_table()
+    sums = {}
+    for row in table.structures:
+        if row.hemisphere == 'R' or not {row.index, row.mirror} <= set(volumes):
+            continue
+        name = row.name.removeprefix('Left-').replace('-area', '').replace('-', ' ')
+        sums[name] = sum(volumes[i] for i in {row.index, row.mirror})
+    return sums
+
+
+def growth_table(visits: Sequence[Visit], table: LabelTable | None = None) -> pd.DataFrame:
+    """Change of each group and structure between one session and the next.
+
+    Sessions are ordered by age; those without an age in months, or of the same age as the one
+    before, take no part.
+
+    Returns
+    -------
+    DataFrame
+        structure, from-session, to-session, from-months, to-months, from-mm3, to-mm3,
+        change-mm3, change-mm3-per-month, change-percent, change-percent-per-month (percent of the
+        earlier volume).
+    """
+    dated = sorted(((v.months, v) for v in visits if v.months is not None), key=itemgetter(0))
+    rows = []
+    for (start, before), (end, after) in pairwise(dated):
+        months = end - start
+        if months <= 0:
+            continue
+        old = group_volumes(before.volumes, table) | structure_volumes(before.volumes, table)
+        new = group_volumes(after.volumes, table) | structure_volumes(after.volumes, table)
+        for name in (n for n in old if n in new and old[n] > 0):
+            change = new[name] - old[name]
+            percent = 100 * change / old[name]
+            rows.append(
+                {
+                    'structure': name,
+                    'from-session': before.session,
+                    'to-session': after.session,
+                    'from-months': start,
+                    'to-months': end,
+                    'from-mm3': old[name],
+                    'to-mm3': new[name],
+                    'change-mm3': change,
+                    'change-mm3-per-month': change / months,
+                    'change-percent': percent,
+                    'change-percent-per-month': percent / months,
+                }
+            )
+    columns = ['structure', 'from-session', 'to-session', 'from-months', 'to-months']
+    columns += ['from-mm3', 'to-mm3', 'change-mm3', 'change-mm3-per-month', 'change-percent']
+    return pd.DataFrame(rows, columns=[*columns, 'change-percent-per-month'])
+
+
+def growth_flags(growth: pd.DataFrame, /) -> tuple[Flag, ...]:
+    """Flags on changes that growth does not explain.
+
+    A growing tissue that loses more than `SHRINKAGE_PERCENT` before `GROWING_UNTIL_MONTHS`, and
+    a brain that grows by more than `GROWTH_PERCENT_PER_MONTH` a month.
+    """
+    growing = {BRAIN, *(spoken_tissue(t) for t in GROWING_TISSUES)}
+    flags = []
+    for row in growth.to_dict('records'):
+        name = row['structure']
+        where = f'from {row["from-session"]} to {row["to-session"]}'
+        if (
+            name in growing
+            and row['to-months'] <= GROWING_UNTIL_MONTHS
+            and row['change-percent'] < -SHRINKAGE_PERCENT
+        ):
+            text = (
+                f'{name} shrinks by {-row["change-percent"]:.0f} % {where}, at an age when it '
+                'grows. Check that both scans show the same child and the same anatomy.'
+            )
+            flags.append(Flag('shrinks-with-age', 'warning', text))
+        if name == BRAIN and row['change-percent-per-month'] > GROWTH_PERCENT_PER_MONTH:
+            text = (
+                f'{name} grows by {row["change-percent-per-month"]:.0f} % a month {where}. Check '
+                'the ages, and that both scans show the same anatomy.'
+            )
+            flags.append(Flag('grows-too-fast', 'warning', text))
+    return tuple(flags)

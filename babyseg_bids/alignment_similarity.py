@@ -152,9 +152,9 @@ class Similarity:
     def __init__(self, fixed: Volume, moving: Volume, covered: Coverage, /, *, seed: int):
         rng = np.random.default_rng(seed)
         near = ndimage.binary_dilation(fixed.mask, iterations=3)
-        voxels = np.argwhere(near)
-        voxels = voxels[rng.permutation(len(voxels))[:POINTS]]
-        voxels = voxels + rng.uniform(-0.5, 0.5, voxels.shape)
+        chosen = np.argwhere(near)
+        chosen = chosen[rng.permutation(len(chosen))[:POINTS]]
+        voxels = chosen + rng.uniform(-0.5, 0.5, chosen.shape)
         self._points = apply(fixed.affine, voxels)
         self._values = ndimage.map_coordinates(fixed.data, voxels.T, order=1)
         self._moving = moving
@@ -178,6 +178,6 @@ def coverage(image: nib.Nifti1Image) -> Coverage:
 
     def covered(points: np.ndarray) -> np.ndarray:
         voxels = apply(inverse, points)
-        return ((voxels >= -0.5) & (voxels <= last)).all(1)
+        return np.all((voxels >= -0.5) & (voxels <= last), axis=1)
 
     return covered

@@ -222,9 +222,9 @@ def missing(arguments: str, usage: str, /) -> str:
     return f'Missing: {arguments}. {usage}'
 
 
-def summary(done: int, skipped: int, empty: int, failed: int, output: Path, /) -> str:
+def summary(done: str, skipped: int, empty: int, failed: int, output: Path, /) -> str:
     """The last sentence of a run."""
-    parts = [f'{done} segmented']
+    parts = [done]
     if skipped:
         parts.append(f'{skipped} done before')
     if empty:

@@ -16,7 +16,6 @@ from babyseg_bids.morphometry import asymmetry_table, brain_volume, voxel_volume
 from babyseg_bids.qc_flags import SMALL_STRUCTURE_MM3, judged_shares, session_flags
 from babyseg_bids.records import Age, Flag
 
-
 # A voxel counts as misplaced when it lies farther than this beyond the midline plane, because
 # the interhemispheric fissure is not flat.
 MIDLINE_TOLERANCE_MM = 4.0
@@ -35,7 +34,8 @@ def bounding_box(mask: np.ndarray, /, margin: int = 0) -> tuple[slice, ...]:
         hits = np.flatnonzero(mask.any(axis=others))
         if not hits.size:
             return tuple(slice(0, 0) for _ in range(mask.ndim))
-        box.append(slice(max(hits[0] - margin, 0), hits[-1] + 1 + margin))
+        first, last = int(hits[0]), int(hits[-1])
+        box.append(slice(max(first - margin, 0), min(last + 1 + margin, mask.shape[axis])))
     return tuple(box)
 
 
@@ -101,7 +101,7 @@ def edge_areas(labels: np.ndarray, affine: np.ndarray, /) -> dict[str, float]:
     order = np.full(3, -1)
     weight = np.abs(matrix / zooms)
     for _ in range(3):
-        world, voxel = np.unravel_index(np.argmax(weight), weight.shape)
+        world, voxel = (int(i) for i in np.unravel_index(np.argmax(weight), weight.shape))
         order[voxel] = world
         weight[world, :] = -1
         weight[:, voxel] = -1

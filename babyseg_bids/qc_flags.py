@@ -87,7 +87,7 @@ OFTEN_IN_PIECES = ('ventricle',)
 
 # Infratentorial structures are often cut away with skull stripping or outside the field of view.
 OFTEN_ABSENT_TISSUES = ('cerebellum', 'brainstem')
-OFTEN_ABSENT = (14, 15)
+OFTEN_ABSENT = (15,)
 
 
 def _spoken(names: list[str], limit: int = 5) -> str:
@@ -127,14 +127,14 @@ def _side_flags(m: Mapping[str, Any]) -> list[Flag]:
             'scan; check the orientation in its header.'
         )
         return [Flag('left-right-swapped', axis, text)]
-    share = m.get('left_right_misplaced_share')
+    share = m.get('left_right_misplaced_share') or 0.0
     severity = LIMITS['left_right_misplaced_share'].severity(share)
     wrong = [_plain(n) for n in m.get('left_right_misplaced_structures') or ()]
     if wrong and not severity:
         severity = 'warning'
     if not severity:
         return []
-    text = f'{share:.1%} of the left and right labels lie on the wrong side of the midline'
+    text = f'{100 * share:.1f} % of the left and right labels lie on the wrong side of the midline'
     text += f', among them most of the {_spoken(wrong)}' if wrong else ''
     text += '. Look at the pictures before using left and right volumes.'
     return [Flag('left-right-confused', severity, text)]
@@ -163,7 +163,8 @@ def _volume_flags(m: Mapping[str, Any], age: Age) -> list[Flag]:
 
 def _missing_flags(m: Mapping[str, Any], table: LabelTable) -> list[Flag]:
     """Structures without a voxel: a remark where scans often lack them, else a warning."""
-    usual, unusual = [], []
+    usual: list[str] = []
+    unusual: list[str] = []
     missing = set(m.get('missing_structures') or ())
     for row in table.structures:
         if row.name not in missing:
@@ -203,14 +204,14 @@ def _shape_flags(m: Mapping[str, Any], morph: pd.DataFrame, table: LabelTable) -
         names = [_plain(r.name) for r in table.structures if judged.get(r.abbreviation, 1) < limit]
         text = f'In several pieces: {_spoken(names)}. Check the pictures for stray labels.'
         flags.append(Flag('fragmented', severity, text))
-    value = m.get('hemisphere_asymmetry_percent')
-    severity = LIMITS['hemisphere_asymmetry_percent'].severity(abs(value or 0))
+    value = m.get('hemisphere_asymmetry_percent') or 0.0
+    severity = LIMITS['hemisphere_asymmetry_percent'].severity(abs(value))
     if severity:
         larger = 'left' if value > 0 else 'right'
         text = f'The {larger} hemisphere is {abs(value):.0f} % larger than the other.'
         flags.append(Flag('hemispheres-asymmetric', severity, text))
-    value = m.get('structure_asymmetry_percent')
-    severity = LIMITS['structure_asymmetry_percent'].severity(abs(value or 0))
+    value = m.get('structure_asymmetry_percent') or 0.0
+    severity = LIMITS['structure_asymmetry_percent'].severity(abs(value))
     if severity:
         larger = 'left' if value > 0 else 'right'
         name = _plain(m['most_asymmetric_structure'])
@@ -240,10 +241,12 @@ def _image_flags(m: Mapping[str, Any], age: Age) -> list[Flag]:
         if expected:
             text += ' This is normal at this age; the border between them is less certain.'
         flags.append(Flag('low-contrast', 'info' if expected else severity, text))
-    value = m.get('uncertain_share')
+    value = m.get('uncertain_share') or 0.0
     severity = LIMITS['uncertain_share'].severity(value)
     if severity:
-        text = f'The network is unsure about {value:.0%} of the brain; look at the pictures.'
+        text = (
+            f'The network is unsure about {100 * value:.0f} % of the brain; look at the pictures.'
+        )
         flags.append(Flag('uncertain', severity, text))
     value = m.get('mean_confidence')
     severity = LIMITS['mean_confidence'].severity(value)

@@ -42,7 +42,7 @@ def main() -> None:
     )
     labels = torch.from_numpy(maps[0].classes).float()[None, None]
     runs = {
-        'bare mixture (reference)': lambda i: bare_sample(labels, len(class_table()), args.size),
+        'bare mixture (reference)': lambda _: bare_sample(labels, len(class_table()), args.size),
         'babyseg, all defaults': lambda i: draw_sample(maps, seed=i, settings=settings),
     }
     seconds = {}

@@ -118,6 +118,10 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         metavar='SUFFIX',
         text='contrasts to use, such as T1w T2w FLAIR (default: any anatomical contrast)',
     )
+    _add_dataset(group)
+
+
+def _add_dataset(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         '--reference-anat',
         metavar='SUFFIX',
@@ -288,7 +292,7 @@ def _add_accepted(parser: argparse.ArgumentParser) -> None:
 
 def normalise(argv: Sequence[str]) -> list[str]:
     """Spell the names of long options with dashes; values are left alone."""
-    out = []
+    out: list[str] = []
     for position, word in enumerate(argv):
         if word == '--':
             return [*out, *argv[position:]]

@@ -37,7 +37,7 @@ def rewrite_reports(sessions: Sequence[SessionInputs], settings: Settings, out: 
     done = {v.name for v in verdicts if v.fate == messages.DONE}
     for subject in sorted({s.subject for s in sessions if s.name in done}):
         write_subject_report(settings.output_dir, subject)
-    return conclude(sessions, verdicts, settings, out)
+    return conclude(sessions, verdicts, settings, out, deed='with a new report')
 
 
 def rewrite_report(session: SessionInputs, settings: Settings, /) -> None:

@@ -94,8 +94,10 @@ def conclude(
     settings: Settings,
     out: Console,
     /,
+    *,
+    deed: str = 'segmented',
 ) -> int:
-    """Show what became of the sessions; the exit code.
+    """Show what became of the sessions; the exit code. `deed` is what was done to them.
 
     Raises
     ------
@@ -116,7 +118,7 @@ def conclude(
         tables.print_line(out, f'{wrong[0].name}: {messages.NO_IMAGE}. {wrong[0].reason}')
     done = sum(v.fate == messages.DONE for v in verdicts)
     skipped = sum(v.fate == messages.SKIPPED for v in verdicts)
-    out.print(messages.summary(done, skipped, empty, failed, settings.output_dir))
+    out.print(messages.summary(f'{done} {deed}', skipped, empty, failed, settings.output_dir))
     # A participant who was asked for by name and does not exist is a request that was not met.
     absent = [s for s in sessions if s.subject in settings.participants and not s.ledger]
     return 1 if failed or absent else 0

@@ -1,7 +1,7 @@
 """Growth charts as SVG inside the page: they scale, follow dark mode and need no script."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 420, 300
@@ -10,6 +10,9 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 42
 NAMED_POINTS = 24
 # Height of a line of names, and width of a letter, in the chart's units.
 LINE, LETTER = 11, 5.4
+
+
+Scale = Callable[[float], float]
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ def ticks(low: float, high: float, /, number: int = 5) -> list[float]:
     return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
 
 
-def _scale(values: Sequence[float], start: float, end: float) -> tuple[list[float], object]:
+def _scale(
+    values: Sequence[float], start: float, end: float
+) -> tuple[list[float], Callable[[float], float]]:
     """Ticks for some values, and the function from value to place."""
     low, high = min(values), max(values)
     room = 0.04 * (high - low) or 0.1 * abs(high) or 1.0

@@ -62,20 +62,21 @@ class Volume:
 
 def load_volume(image: Path, labels: Path, uncertainty: Path | None = None) -> Volume:
     """Load what the pictures show: cropped to the brain first, then turned to RAS."""
-    label_image = nib.Nifti1Image.from_filename(labels)
+    label_image: Any = nib.load(labels)
     array = np.asanyarray(label_image.dataobj)
     array = array.reshape(array.shape[:3]).astype(np.int16)
     margin = int(np.ceil(MARGIN_MM / min(label_image.header.get_zooms()[:3])))
     box = bounding_box(array > 0, margin=margin)
     if not all(s.stop > s.start for s in box):
-        box = tuple(slice(0, n) for n in array.shape)
+        box = tuple(slice(0, int(n)) for n in array.shape)
     affine = crop(label_image.affine, box)
 
     def turned(part: np.ndarray) -> nib.Nifti1Image:
         return nib.as_closest_canonical(nib.Nifti1Image(part, affine))
 
     def load(path: Path) -> np.ndarray:
-        data = np.asanyarray(nib.Nifti1Image.from_filename(path).dataobj)
+        source: Any = nib.load(path)
+        data = np.asanyarray(source.dataobj)
         part = data.reshape(data.shape[:3])[box].astype(np.float32)
         return np.nan_to_num(np.asarray(turned(part).dataobj), posinf=0, neginf=0)
 
@@ -132,10 +133,6 @@ def smooth_labels(labels: np.ndarray, size: tuple[int, int], /) -> np.ndarray:
     for number in np.unique(labels):
         mask = labels == number
         rows, columns = bounding_box(mask, margin=2)
-        rows, columns = (
-            slice(rows.start, min(rows.stop, height)),
-            slice(columns.start, min(columns.stop, width)),
-        )
         top, left = (np.array([rows.start, columns.start]) * scale).round().astype(int)
         bottom, right = (np.array([rows.stop, columns.stop]) * scale).round().astype(int)
         part = (mask[rows, columns] * np.uint8(255)).astype(np.uint8)

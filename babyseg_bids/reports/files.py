@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from babyseg_bids.errors import OutputError
 from babyseg_bids.files import natural_key
 from babyseg_bids.morphometry import MEASURES, MISSING
-from babyseg_bids.records import SEVERITIES, Age, Flag
+from babyseg_bids.records import SEVERITIES, Age, Flag, Severity
 
 MORPH_PATTERN = '*_desc-babyseg_morph.tsv'
 LEDGER_PATTERN = '*_desc-inputs_ledger.json'
@@ -38,7 +38,8 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes, /) -> None:
         draft.write_bytes(data)
         draft.replace(path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        if draft.exists():
+            draft.unlink()
         raise OutputError(
             f'Cannot write {path}: {error.strerror or error}. Check the permissions and the free '
             'space of the output folder.'
@@ -140,7 +141,7 @@ def _as_flags(content: Any) -> list[Flag]:
         if isinstance(item, dict):
             severity = item.get('severity')
             text = str(item.get('message') or item.get('code') or item)
-            known = next((s for s in SEVERITIES if s == severity), 'warning')
+            known: Severity = next((s for s in SEVERITIES if s == severity), 'warning')
             flags.append(Flag(str(item.get('code', 'unknown')), known, text))
         else:
             flags.append(Flag(str(item), 'warning', str(item)))

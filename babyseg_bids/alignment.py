@@ -218,7 +218,8 @@ def _search(
 ) -> tuple[np.ndarray, str]:
     """Best of a few refined starts, and the objection to it; a good one ends the search."""
     starts = sorted(_starts(fixed, moving), key=similarity, reverse=True)
-    best, objection, reached = starts[0], '', []
+    best, objection = starts[0], ''
+    reached: list[np.ndarray] = []
     with _deterministic(seed) as ants:
         for start in starts[:REFINED_STARTS]:
             found = _refine(ants, fixed, moving, start)

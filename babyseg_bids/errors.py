@@ -2,7 +2,7 @@
 
 
 class BabySegError(Exception):
-    """Base of all errors with a sentence for the user: what happened, to which file, what to do."""
+    """Base of all errors; the message says what happened, to which file, and what to do."""
 
     exit_code = 1
 

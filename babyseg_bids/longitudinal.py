@@ -1,13 +1,15 @@
 """Growth of one child: how volumes change between sessions, and changes that cannot be right."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from operator import itemgetter
 
 import pandas as pd
 
 from babyseg_bids.labels import LabelTable, label_table
+from babyseg_bids.morphometry import structure_name
 from babyseg_bids.records import Flag
 
 BRAIN = 'Segmented brain'
@@ -18,6 +20,9 @@ GROWING_UNTIL_MONTHS = 60.0
 
 # Repeated scans of one child differ by a few percent; a larger loss is not noise.
 SHRINKAGE_PERCENT = 5.0
+
+# Two scans of one child at one age cannot differ more than this.
+SAME_AGE_PERCENT = 10.0
 
 # No brain doubles in a month after birth; a steeper rise means other anatomy in the scan, such
 # as a cerebellum that the earlier scan lacks.
@@ -62,14 +67,17 @@ def group_volumes(
 def structure_volumes(
     volumes: Mapping[int, float], table: LabelTable | None = None
 ) -> dict[str, float]:
-    """Volumes in mm3 of each structure, left and right added; absent where a side is."""
+    """Volumes in mm3 of each structure, left and right added; absent where a side is.
+
+    A structure that is all of its tissue, such as the cortex, is left to `group_volumes`.
+    """
     table = table or label_table()
+    members = Counter(row.tissue for row in table.structures if row.hemisphere != 'R')
     sums = {}
     for row in table.structures:
-        if row.hemisphere == 'R' or not {row.index, row.mirror} <= set(volumes):
-            continue
-        name = row.name.removeprefix('Left-').replace('-area', '').replace('-', ' ')
-        sums[name] = sum(volumes[i] for i in {row.index, row.mirror})
+        both = {row.index, row.mirror}
+        if row.hemisphere != 'R' and members[row.tissue] > 1 and both <= set(volumes):
+            sums[structure_name(row.name)] = sum(volumes[i] for i in both)
     return sums
 
 
@@ -144,4 +152,27 @@ def growth_flags(growth: pd.DataFrame, /) -> tuple[Flag, ...]:
                 'the ages, and that both scans show the same anatomy.'
             )
             flags.append(Flag('grows-too-fast', 'warning', text))
+    return tuple(flags)
+
+
+def visit_flags(visits: Sequence[Visit], table: LabelTable | None = None) -> tuple[Flag, ...]:
+    """All flags on the sessions of one child.
+
+    Those of `growth_flags`, and brains that differ by more than `SAME_AGE_PERCENT` of the smaller
+    one although the age is the same.
+    """
+    flags = list(growth_flags(growth_table(visits, table)))
+    known = [
+        (v.months, v.session, brain)
+        for v in visits
+        if v.months is not None and (brain := group_volumes(v.volumes, table).get(BRAIN))
+    ]
+    for (months, first, a), (others, second, b) in combinations(known, 2):
+        percent = 100 * abs(a - b) / min(a, b)
+        if months == others and percent > SAME_AGE_PERCENT:
+            text = (
+                f'{first} and {second} have the same age but brains that differ by '
+                f'{percent:.0f} %. Check the ages, and that both scans show the same child.'
+            )
+            flags.append(Flag('same-age-differs', 'warning', text))
     return tuple(flags)

@@ -6,6 +6,7 @@ recomputed from the map that is published beside the table.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,19 @@ DESCRIPTIONS: dict[str, dict[str, Any]] = {
 def voxel_volume(affine: np.ndarray, /) -> float:
     """Volume of one voxel in mm3: the absolute determinant of the voxel-to-world matrix."""
     return float(abs(np.linalg.det(np.asarray(affine, float)[:3, :3])))
+
+
+def structure_name(name: str, /) -> str:
+    """A structure's name for people, without its side.
+
+    >>> structure_name('Left-Accumbens-area'), structure_name('Right-VentralDC')
+    ('Accumbens', 'Ventral DC')
+    """
+    name = re.sub(r'^(Left|Right)-|-area$', '', name)
+    words = name.replace('VentralDC', 'Ventral-DC').split('-')
+    if words == ['Brain', 'Stem']:
+        return 'Brainstem'
+    return ' '.join([words[0], *(w if w.isupper() else w.lower() for w in words[1:])])
 
 
 def count_voxels(labels: np.ndarray, table: LabelTable, /) -> dict[int, int]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,7 @@ def is_done(session: SessionInputs, output: Path, settings: Settings, /) -> bool
         outputs: Sequence[str] = ledger['outputs']
         same = (
             ledger['settings'] == settings.fingerprint()
+            and ledger['age'] == asdict(session.age)
             and list(inputs) == [s.relative_path for s in session.scans]
             and all(_unchanged(s, inputs[s.relative_path]) for s in session.scans)
         )

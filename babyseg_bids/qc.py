@@ -3,7 +3,7 @@
 What is flagged, and from which value on, is said in `qc_flags`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,6 +178,65 @@ def check_sides(labels: np.ndarray, affine: np.ndarray, table: LabelTable, /) ->
     return SideCheck(float(normal[0]), float(wrong.mean()), tuple(int(i) for i in mostly))
 
 
+# Structures whose centres tell the front from the back and the top from the bottom of the
+# cerebrum, so that scans without cerebellum and brainstem can be checked too. Each pair is (in
+# front or above, behind or below); FreeSurfer numbers of the left side.
+FRONT_BACK = ((11, 10), (26, 10), (12, 17), (18, 17))
+TOP_BOTTOM = ((4, 28), (11, 18), (10, 17), (11, 26))
+
+
+def _direction(
+    centres: Mapping[int, np.ndarray], pairs: Sequence[tuple[int, int]], table: LabelTable
+) -> np.ndarray:
+    """Mean unit vector over pairs of centres, both sides; NaN with fewer than four of them."""
+    vectors = []
+    for first, second in pairs:
+        for a, b in ((first, second), (table[first].mirror, table[second].mirror)):
+            if a in centres and b in centres:
+                step = centres[a] - centres[b]
+                vectors.append(step / max(float(np.linalg.norm(step)), 1e-9))
+    # A single displaced structure must not decide.
+    if len(vectors) < 4:
+        return np.full(3, np.nan)
+    mean = np.mean(vectors, axis=0)
+    return mean / max(float(np.linalg.norm(mean)), 1e-9)
+
+
+def body_axes(labels: np.ndarray, affine: np.ndarray, table: LabelTable, /) -> dict[str, float]:
+    """Check that the labelled brain faces the way the scan's header says.
+
+    `anterior_axis` and `superior_axis` are cosines between a direction of the labels and the
+    world's: the mean of unit vectors between the centres of `FRONT_BACK` and of `TOP_BOTTOM`
+    structures. `handedness` is the triple product of unit vectors r . (a x s), with r from left
+    to right: near 1 in a body and near -1 in a mirror, however the head lies.
+    """
+    boxes = ndimage.find_objects(np.clip(labels, 0, None).astype(np.int32))
+    matrix = np.asarray(affine, float)[:3, :3]
+    centres = {}
+    for row in table.structures:
+        box = boxes[row.index - 1] if row.index <= len(boxes) else None
+        if box is not None:
+            voxels = np.argwhere(labels[box] == row.index).mean(axis=0)
+            centres[row.index] = matrix @ (voxels + [s.start for s in box])
+    front = _direction(centres, FRONT_BACK, table)
+    top = _direction(centres, TOP_BOTTOM, table)
+    top = top - front * (front @ top)
+    top = top / max(float(np.linalg.norm(top)), 1e-9)
+    lefts = [r.index for r in table.structures if r.hemisphere == 'L']
+    across = [
+        centres[table[i].mirror] - centres[i]
+        for i in lefts
+        if {i, table[i].mirror} <= set(centres)
+    ]
+    side = np.mean(across, axis=0) if across else np.full(3, np.nan)
+    side = side / max(float(np.linalg.norm(side)), 1e-9)
+    return {
+        'anterior_axis': float(front[1]),
+        'superior_axis': float(top[2]),
+        'handedness': float(side @ np.cross(front, top)),
+    }
+
+
 def _image_metrics(labels: np.ndarray, image: np.ndarray, table: LabelTable) -> dict[str, float]:
     """Signal and contrast by tissue (see `signal_to_noise`, `contrast_to_noise`)."""
     metrics, values = {}, {}
@@ -293,6 +352,7 @@ def session_metrics(
             judged_shares(shares, morph, table).values(), default=None
         )
         sides = check_sides(labels, affine, table)
+        metrics |= body_axes(labels, affine, table)
         metrics['left_right_axis'] = sides.axis
         metrics['left_right_misplaced_share'] = sides.misplaced
         metrics['left_right_misplaced_structures'] = [table[i].name for i in sides.structures]

@@ -49,6 +49,11 @@ LIMITS: dict[str, Limit] = {
     'left_right_misplaced_share': Limit('left-right-confused', 0.01, 0.05),
     # Cosine between the left-to-right direction of the labels and that of the world.
     'left_right_axis': Limit('left-right-swapped', 0.5, 0.0, below=True),
+    # Cosines between directions of the labelled brain and those of the world.
+    'anterior_axis': Limit('unexpected-orientation', 0.5, 0.0, below=True),
+    'superior_axis': Limit('unexpected-orientation', 0.5, 0.0, below=True),
+    # Handedness of the labels: 1 as in a body, -1 as in a mirror.
+    'handedness': Limit('mirrored', 0.5, 0.0, below=True),
     # Area of the segmentation in one face of the field of view, mm2.
     'edge_area_mm2': Limit('brain-cut-off', 100.0, 1500.0),
     # Share of brain voxels over the uncertainty threshold, and mean confidence in them.
@@ -138,6 +143,29 @@ def _side_flags(m: Mapping[str, Any]) -> list[Flag]:
     text += f', among them most of the {_spoken(wrong)}' if wrong else ''
     text += '. Look at the pictures before using left and right volumes.'
     return [Flag('left-right-confused', severity, text)]
+
+
+def _orientation_flags(m: Mapping[str, Any]) -> list[Flag]:
+    """Flags on a head that lies otherwise than the header says, and on mirrored labels."""
+    flags = []
+    found = {k: LIMITS[k].severity(m.get(k)) for k in ('anterior_axis', 'superior_axis')}
+    for key, turned in (('anterior_axis', 'backwards'), ('superior_axis', 'upside down')):
+        severity = found[key]
+        if severity:
+            how = turned if severity == 'severe' else 'in an unusual direction'
+            text = (
+                f"By its labels, the brain lies {how} in the scan's coordinates: the orientation "
+                'in the header is probably wrong. Correct the header before using left and right.'
+            )
+            flags.append(Flag('unexpected-orientation', severity, text))
+    severity = LIMITS['handedness'].severity(m.get('handedness'))
+    if severity:
+        text = (
+            'The labels do not fit a body: with its front and top where the labels put them, left '
+            'and right are exchanged or unclear. Do not use left and right volumes.'
+        )
+        flags.append(Flag('mirrored', severity, text))
+    return flags
 
 
 def _volume_flags(m: Mapping[str, Any], age: Age) -> list[Flag]:
@@ -269,6 +297,7 @@ def session_flags(
         return (Flag('empty-segmentation', 'severe', text),)
     return (
         *_side_flags(metrics),
+        *_orientation_flags(metrics),
         *_volume_flags(metrics, age),
         *_shape_flags(metrics, morph, table),
         *_missing_flags(metrics, table),

@@ -47,6 +47,7 @@ def publish(session, settings, **more):
         **more,
     }
     ledger = {
+        **session.to_dict(),
         'settings': settings.fingerprint(),
         'inputs': [input_record(s) for s in session.scans],
     }
@@ -130,6 +131,7 @@ def test_a_published_session_is_done_until_its_inputs_or_settings_change(session
     publish(session, settings)
     assert is_done(session, settings.output_dir, settings)
     assert not is_done(session, settings.output_dir, settings.replace(random_seed=1))
+    assert not is_done(replace(session, age=Age(7.0)), settings.output_dir, settings)
     fewer = replace(session, scans=session.scans[:1])
     assert not is_done(fewer, settings.output_dir, settings)
     Path(session.scans[0].path).write_bytes(b'another')

@@ -10,6 +10,7 @@ from report_phantoms import WARNING, brain, morphometry, publish, ras_affine, sc
 from babyseg_bids.errors import OutputError
 from babyseg_bids.labels import label_table
 from babyseg_bids.longitudinal import Visit, group_volumes, growth_flags, growth_table
+from babyseg_bids.morphometry import structure_name
 from babyseg_bids.qc import session_qc
 from babyseg_bids.records import Age, Flag
 from babyseg_bids.reports import figures, wording
@@ -166,7 +167,7 @@ def test_every_structure_has_its_volume_and_swatch(report):
     sides = [row for row in label_table().structures if row.hemisphere != 'R']
     assert len(swatches) >= 2 * len(sides)
     for row in sides:
-        assert wording.structure_name(row.name) in page.words
+        assert structure_name(row.name) in page.words
 
 
 def test_text_from_outside_shows_as_text(tmp_path):

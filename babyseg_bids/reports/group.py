@@ -65,7 +65,7 @@ def _facts(records: Sequence[Derivative]) -> list[tuple[str, str, str]]:
         ('Sessions', str(len(records)), f'{sum(bool(r.volumes) for r in records)} with volumes'),
         (
             'Age',
-            f'{min(months):.3g} to {max(months):.3g} months' if months else 'unknown',
+            say.span_text(months),
             f'known for {len(months)} of {len(records)}',
         ),
         ('Segmented brain volume', sizes, ''),

@@ -13,7 +13,7 @@ from PIL import Image
 
 from babyseg_bids.labels import LabelTable, label_table
 from babyseg_bids.longitudinal import spoken_tissue
-from babyseg_bids.morphometry import asymmetry_index, brain_volume, tissue_totals
+from babyseg_bids.morphometry import asymmetry_index, brain_volume, structure_name, tissue_totals
 from babyseg_bids.qc_flags import LIMITS
 from babyseg_bids.records import Flag, SessionInputs
 from babyseg_bids.reports import figures as fig
@@ -70,6 +70,9 @@ MEASURE_NAMES: dict[str, tuple[str, str]] = {
     'largest_component_min': ('Largest piece of the most fragmented structure (share)', '.3f'),
     'left_right_axis': ('Left-right axis of the labels against the scanner (cosine)', '.3f'),
     'left_right_misplaced_share': ('Left or right labels beyond the midline (share)', '.4f'),
+    'anterior_axis': ('Back-to-front axis of the labels against the scanner (cosine)', '.3f'),
+    'superior_axis': ('Bottom-to-top axis of the labels against the scanner (cosine)', '.3f'),
+    'handedness': ('Handedness of the labels (1: as in a body, −1: as in a mirror)', '.3f'),
     'hemisphere_asymmetry_percent': ('Asymmetry of the hemispheres (%, left larger: +)', '+.1f'),
     'structure_asymmetry_percent': ('Asymmetry of the most asymmetric structure (%)', '+.1f'),
     'edge_area_mm2': ('Brain in the edge of the image (mm²)', '.0f'),
@@ -154,7 +157,7 @@ def draw_session(data: SessionReportData, /) -> tuple[list[dict], dict | None]:
 def legend(table: LabelTable, /) -> list[dict[str, str]]:
     """One entry for each colour; both sides of a structure share one."""
     rows = [row for row in table.structures if row.hemisphere != 'R']
-    return [{'color': row.color, 'name': say.structure_name(row.name)} for row in rows]
+    return [{'color': row.color, 'name': structure_name(row.name)} for row in rows]
 
 
 def _facts(data: SessionReportData, flags: list[Flag]) -> list[tuple[str, str, str]]:
@@ -240,7 +243,7 @@ def _structure_rows(morph: pd.DataFrame, table: LabelTable) -> list[dict[str, An
         both = sum(sides) if paired else sides[0]
         rows.append(
             {
-                'name': say.structure_name(row.name),
+                'name': structure_name(row.name),
                 'color': row.color,
                 'paired': paired,
                 'left': say.millilitres(sides[0]) if paired else '',

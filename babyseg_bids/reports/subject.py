@@ -9,9 +9,9 @@ from babyseg_bids.longitudinal import (
     BRAIN,
     Visit,
     group_volumes,
-    growth_flags,
     growth_table,
     structure_volumes,
+    visit_flags,
 )
 from babyseg_bids.reports import wording as say
 from babyseg_bids.reports.charts import Chart, Point, growth_chart
@@ -135,9 +135,9 @@ def write_subject_report(out_dir: Path, subject: str, /) -> Path | None:
         subject=subject,
         version=__version__,
         made=say.now(),
-        span=f'{min(months):.3g} to {max(months):.3g} months' if len(months) > 1 else '',
+        span=say.span_text(months) if months else '',
         sessions=[session_row(r, out_dir) for r in records],
-        flags=growth_flags(growth_table(_visits(records))),
+        flags=visit_flags(_visits(records)),
         charts=growth_charts(records, out_dir, [f'ses-{r.session}' for r in records]),
         undated=', '.join(undated),
         growth=_growth_rows(records),

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from babyseg_bids.labels import Label
-from babyseg_bids.morphometry import MISSING
+from babyseg_bids.morphometry import MISSING, structure_name
 from babyseg_bids.qc_flags import Limit
 from babyseg_bids.records import Age, Flag
 
@@ -52,6 +52,18 @@ def percent(share: Any, /, decimals: int = 1) -> str:
     return f'{100 * share:.{decimals}f} %'
 
 
+def span_text(months: list[float], /) -> str:
+    """The range of some ages.
+
+    >>> span_text([6.0, 24.0]), span_text([6.0])
+    ('6 to 24 months', '6 months')
+    """
+    if not months:
+        return 'unknown'
+    first, last = f'{min(months):.3g}', f'{max(months):.3g}'
+    return f'{first} to {last} months' if first != last else age_text(Age(months=months[0]))
+
+
 def age_text(age: Age, /) -> str:
     """Age in words.
 
@@ -77,19 +89,6 @@ def duration(seconds: float | None, /) -> str:
         return f'{seconds:.1f} s' if seconds < 10 else f'{seconds:.0f} s'
     minutes, rest = divmod(round(seconds), 60)
     return f'{minutes} min {rest} s'
-
-
-def structure_name(name: str, /) -> str:
-    """A structure's name without its side: `Cerebral white matter`.
-
-    >>> structure_name('Left-Accumbens-area'), structure_name('Right-VentralDC')
-    ('Accumbens', 'Ventral DC')
-    """
-    name = re.sub(r'^(Left|Right)-|-area$', '', name)
-    words = name.replace('VentralDC', 'Ventral-DC').split('-')
-    if words == ['Brain', 'Stem']:
-        return 'Brainstem'
-    return ' '.join([words[0], *(w if w.isupper() else w.lower() for w in words[1:])])
 
 
 def sided_name(label: Label, /) -> str:

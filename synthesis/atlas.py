@@ -40,6 +40,10 @@ AXIS_SD = 0.015
 # Deviation of the smooth noise on log probabilities, and the distance of its control points, mm.
 NOISE_SD = 0.5
 NOISE_SPACING = 6.0
+# Averaging rubs out what is thin: sulci (background) and the blades of white matter in the gyri.
+# Added to their log probabilities, these bring tissue volumes back to those of the sources.
+THIN = {'background': 1.2, 'white-matter': 0.35}
+# Output voxels that are drawn at once, so that 28 scores a voxel stay within 50 MB.
 _BLOCK = 400_000
 
 
@@ -87,7 +91,7 @@ class Atlas:
         keep: int,
     ) -> 'Atlas':
         """Make an atlas of dense probabilities (N, C, half x, Y, Z), `keep` labels a voxel."""
-        mask = (probabilities[:, 0] < 1 - 0.5 / STEPS).any(0)
+        mask = np.any(probabilities[:, 0] < 1 - 0.5 / STEPS, axis=0)
         inside = probabilities[:, :, mask]
         # The same labels at all ages, so that ages can be interpolated voxel by voxel.
         labels = np.argsort(-inside.max(0), axis=0, kind='stable')[:keep]
@@ -101,7 +105,7 @@ class Atlas:
             displacement_spacing=float(displacement_spacing),
             labels=labels.astype(np.uint8),
             probabilities=np.rint(kept * STEPS).astype(np.uint8),
-            mask=mask,
+            mask=np.asarray(mask),
             origin=np.asarray(origin, np.float32),
             spacing=float(spacing),
         )
@@ -211,8 +215,8 @@ def sample_label_map(
     """
     # Everything random is drawn in the common space, so that it does not depend on age or grid.
     generator = torch.Generator().manual_seed(seed)
-    size = SIZE_SD * torch.randn(1, generator=generator)
-    size = (size + AXIS_SD * torch.randn(3, generator=generator)).double().numpy()
+    overall = SIZE_SD * torch.randn(1, generator=generator)
+    size = (overall + AXIS_SD * torch.randn(3, generator=generator)).double().numpy()
     warp = random_displacement(
         atlas.size,
         amplitude=WARP_SD / atlas.spacing,
@@ -223,30 +227,28 @@ def sample_label_map(
 
     blend = atlas.blend(age_months)
     scale = np.exp(blend @ atlas.log_scale + size)
-    reach = 3 * WARP_SD + margin
+    reach = 3 * WARP_SD
     start = (atlas.extent[0] - reach) * scale
     shape = np.ceil(((atlas.extent[1] + reach) * scale - start) / spacing).astype(int) + 1
     shift = np.tensordot(blend, atlas.displacement * np.float32(DISPLACEMENT_STEP), 1)
     channels = _draw(
         atlas, scores, warp, torch.from_numpy(shift).float(), start, scale, shape, spacing
     )
-    channels = remove_specks(channels, np.arange(len(label_table())))
-
-    # Crop to the brain, keeping the margin.
-    pad = int(np.ceil(margin / spacing))
     box = ndimage.find_objects((channels > 0).astype(np.uint8))[0]
-    low = np.array([max(s.start - pad, 0) for s in box])
-    channels = channels[tuple(slice(a, s.stop + pad) for a, s in zip(low, box, strict=True))]
+    channels = remove_specks(channels[box], np.arange(len(label_table())))
+
+    pad = int(np.ceil(margin / spacing))
     affine = np.diag([spacing, spacing, spacing, 1.0])
-    affine[:3, 3] = start + low * spacing
-    return label_table().indices[channels], affine
+    affine[:3, 3] = start + (np.array([s.start for s in box]) - pad) * spacing
+    return label_table().indices[np.pad(channels, pad)], affine
 
 
 def _scores(atlas: Atlas, age_months: float, generator: torch.Generator) -> Tensor:
     """Log probabilities with smooth noise, (C, X, Y, Z), in the common space."""
     scores = torch.from_numpy(atlas.dense(age_months)).add_(FLOOR).log_()
     control = [max(2, round(s * atlas.spacing / NOISE_SPACING)) for s in atlas.size]
-    for channel in scores:
+    for channel, row in zip(scores, label_table().rows, strict=True):
+        channel.add_(THIN.get(row.tissue, 0.0))
         noise = torch.randn((1, *control), generator=generator)
         channel.add_(resize(noise, atlas.size)[0], alpha=NOISE_SD)
     return scores

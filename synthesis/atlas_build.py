@@ -28,7 +28,7 @@ NODES = (1.0, 3.0, 6.0, 12.0, 24.0)
 MIN_CHILDREN = 3.0
 SPACING = 1.5
 SHAPE_SPACING = 4.5
-# Labels kept at a voxel. Three suffice where structures meet; a fourth changes no sample visibly.
+# Labels kept at a voxel, the likeliest over all ages; the rest is dropped to keep the file small.
 LABELS_PER_VOXEL = 4
 # The same child at two ages, by file stem; its maps count as one child.
 SAME_CHILD = {'04mo': '01mo'}

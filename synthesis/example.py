@@ -55,8 +55,10 @@ PEAK = 700
 STRUCTURE_SD, TISSUE_SD, TEXTURE, NOISE_SD, BIAS = 0.012, 0.025, 0.02, 0.015, 0.1
 # How far a child may have moved between two scans.
 MOVED_DEG, MOVED_MM = 6.0, 5.0
-# Room around the brain for the layers of the head, mm.
+# Room around the brain for the layers of the head, and half the width of a gap between parts of
+# the brain that the skull bridges, mm.
 HEAD_MARGIN = 17.0
+FISSURE = 12.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def class_means(
     # The two sides look alike, and CSF as it does in the ventricles.
     mirror = torch.as_tensor(table.mirror)
     means = (means + means[mirror]) / 2
-    means[table.of(CSF)] = means[table.of(4)[0]]
+    means[table.of(CSF)] = float(means[table.of(4)[0]])
     for number, level in OUTER[suffix].items():
         means[table.of(number)] = level
     return means
@@ -116,13 +118,31 @@ def add_head(labels: np.ndarray, /, *, table: ClassTable, generator: torch.Gener
     """Classes (X, Y, Z) int64 of a head around a 1 mm label map (FreeSurfer numbers)."""
     numbers, inverse = np.unique(labels, return_inverse=True)
     classes = torch.tensor(table.of(*numbers.tolist()))[torch.from_numpy(inverse.reshape(-1))]
-    distance = torch.from_numpy(ndimage.distance_transform_edt(labels == 0)).float()
     out = surroundings.add_layers(
-        classes.view(labels.shape), distance, table=table, generator=generator
+        classes.view(labels.shape), hull_distance(labels > 0), table=table, generator=generator
     )
     # The soft tissue of the neck may come from any side, which suits training but no example.
     out[out == table.of(MUSCLE)[0]] = 0
     return out
+
+
+def hull_distance(brain: np.ndarray, /) -> Tensor:
+    """Distance (X, Y, Z) in voxels to a brain whose fissures and hollows are filled.
+
+    The skull bridges what separates the hemispheres and what lies above the cerebellum. It is
+    smooth, so that half the resolution does; `brain` (X, Y, Z) bool.
+    """
+    odd = [(0, n % 2) for n in brain.shape]
+    x, y, z = (n // 2 for n in np.pad(brain, odd).shape)
+    coarse = np.pad(brain, odd).reshape(x, 2, y, 2, z, 2).any((1, 3, 5))
+    reach = FISSURE / 2
+    near = ndimage.distance_transform_edt(~coarse) <= reach
+    hull = ndimage.distance_transform_edt(near) > reach
+    distance = torch.from_numpy(2 * ndimage.distance_transform_edt(~(hull | coarse))).float()
+    fine = torch.nn.functional.interpolate(
+        distance[None, None], scale_factor=2, mode='trilinear', align_corners=False
+    )[0, 0]
+    return fine[tuple(slice(n) for n in brain.shape)]
 
 
 def random_pose(
@@ -271,7 +291,12 @@ maps, on the grid of the T1w, are in `derivatives/truth`.
 def _write_dataset_files(out: Path, seed: int) -> None:
     made_by = [{'Name': PROGRAM, 'Version': __version__}]
     common = {'BIDSVersion': BIDS_VERSION, 'License': 'CC0', 'GeneratedBy': made_by}
-    raw = {'Name': 'Synthetic infants', 'DatasetType': 'raw', 'Authors': ['babyseg'], **common}
+    raw = {
+        'Name': 'Synthetic infants',
+        'DatasetType': 'raw',
+        'Authors': ['The babyseg developers'],
+        **common,
+    }
     _write_json(out / 'dataset_description.json', raw)
     (out / 'README.md').write_text(README.format(seed=seed), 'utf-8')
 
@@ -285,11 +310,11 @@ def _write_dataset_files(out: Path, seed: int) -> None:
         _write_json(stem.with_suffix('.json'), described)
 
     truth = out / 'derivatives/truth'
-    table = [['index', 'name', 'abbreviation', 'color']]
-    table += [[r.index, r.name, r.abbreviation, r.color] for r in label_table().rows]
-    _write_tsv(truth / 'desc-truth_dseg.tsv', table)
-    derived = {'Name': 'True label maps', 'DatasetType': 'derivative', **common}
-    derived['DatasetLinks'] = {'raw': '../..'}
+    names = [[r.index, r.name, r.abbreviation, r.color] for r in label_table().rows]
+    header = ['index', 'name', 'abbreviation', 'color']
+    _write_tsv(truth / 'desc-truth_dseg.tsv', [header, *names])
+    links = {'DatasetType': 'derivative', 'DatasetLinks': {'raw': '../..'}}
+    derived = {'Name': 'True label maps', **links, **common}
     _write_json(truth / 'dataset_description.json', derived)
 
 
@@ -336,8 +361,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     out = arguments.out
     try:
-        _prepare(out, arguments.overwrite)
         try:
+            _prepare(out, arguments.overwrite)
             write_example(out, seed=arguments.seed)
         except OSError as e:
             reason = e.strerror or e

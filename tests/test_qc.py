@@ -7,6 +7,7 @@ from report_phantoms import brain, morphometry, ras_affine, scan
 
 from babyseg_bids.labels import label_table
 from babyseg_bids.qc import (
+    body_axes,
     bounding_box,
     check_sides,
     contrast_to_noise,
@@ -92,6 +93,26 @@ def test_a_turned_head_is_not_a_swapped_one():
     assert flags == {}
 
 
+def test_a_brain_that_faces_backwards_is_told_from_a_mirrored_one():
+    back = np.diag([-1.0, -1.0, 1.0, 1.0]) @ AFFINE
+    metrics, flags = examine(brain(), back)
+    assert metrics['anterior_axis'] < -0.9
+    assert metrics['handedness'] > 0.9
+    assert 'backwards' in flags['unexpected-orientation'].message
+    assert 'mirrored' not in flags
+    # A network that sees the front but takes the sides from the header.
+    metrics, flags = examine(swapped(brain(), True), back)
+    assert metrics['left_right_axis'] > 0.9
+    assert metrics['handedness'] < -0.9
+    assert flags['mirrored'].severity == 'severe'
+
+
+def test_a_brain_upside_down_is_flagged():
+    metrics, flags = examine(brain(), np.diag([-1.0, 1.0, -1.0, 1.0]) @ AFFINE)
+    assert metrics['superior_axis'] < -0.9
+    assert 'upside down' in flags['unexpected-orientation'].message
+
+
 def test_exchanged_sides_in_the_front_are_called_confused():
     labels = brain()
     front = np.arange(labels.shape[1]) > 40
@@ -132,6 +153,8 @@ def test_real_maps_with_sound_sides_pass(shared):
         assert check.axis > 0.95, path.name
         assert check.misplaced < LIMITS['left_right_misplaced_share'].warning, path.name
         assert check.structures == (), path.name
+        axes = body_axes(labels, affine, label_table())
+        assert min(axes.values()) > 0.9, path.name
 
 
 @pytest.mark.needs_shared('data/label-maps/faulty')

@@ -9,7 +9,7 @@ from report_phantoms import WARNING, brain, morphometry, publish, ras_affine, sc
 
 from babyseg_bids.errors import OutputError
 from babyseg_bids.labels import label_table
-from babyseg_bids.longitudinal import Visit, group_volumes, growth_flags, growth_table
+from babyseg_bids.longitudinal import Visit, group_volumes, growth_flags, growth_table, visit_flags
 from babyseg_bids.morphometry import structure_name
 from babyseg_bids.qc import session_qc
 from babyseg_bids.records import Age, Flag
@@ -354,6 +354,15 @@ def test_a_tissue_that_shrinks_is_flagged_and_ventricles_are_not():
     (flag,) = growth_flags(growth)
     assert flag.code == 'shrinks-with-age'
     assert flag.message.startswith('White matter shrinks by 10 % from ses-A to ses-B')
+
+
+def test_brains_of_one_child_at_one_age_cannot_differ_much():
+    visits = [Visit('ses-A', 6.0, VOLUMES), Visit('ses-B', 6.0, scaled(1.3))]
+    (flag,) = visit_flags(visits)
+    assert flag.code == 'same-age-differs'
+    assert 'differ by 30 %' in flag.message
+    assert visit_flags([visits[0], Visit('ses-B', 6.0, scaled(1.05))]) == ()
+    assert visit_flags([visits[0], Visit('ses-B', None, scaled(1.3))]) == ()
 
 
 def test_a_tissue_that_is_absent_has_no_volume():

@@ -50,8 +50,7 @@ QC_COLUMNS: dict[str, dict[str, str]] = {
     'anterior_axis': {'Description': 'The same for the back-to-front direction'},
     'superior_axis': {'Description': 'The same for the bottom-to-top direction'},
     'handedness': {
-        'Description': 'Triple product of the three directions of the labels: 1 in a body, -1 in a '
-        'mirror'
+        'Description': 'Triple product of the three directions: 1 in a body, -1 in a mirror'
     },
     'left_right_misplaced_share': {
         'Description': 'Share of left and right labels on the wrong side of the midline'

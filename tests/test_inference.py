@@ -15,7 +15,7 @@ from babyseg_bids.network.grid import (
     reference_box,
     working_grid,
 )
-from babyseg_bids.network.inference import predict, remove_islands
+from babyseg_bids.network.inference import predict, predict_either_way, remove_islands
 from babyseg_bids.network.intensity import normalise
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 from babyseg_bids.network.weights import save_model
@@ -260,3 +260,35 @@ def test_bfloat16_agrees_with_float32(monkeypatch):
         with torch.inference_mode():
             results.append(predict(x, model))
     assert (results[0] - results[1]).abs().max() < 0.05
+
+
+class FrontNetwork(torch.nn.Module):
+    """Labels a bright head: left and right thalamus in the front quarter, putamen behind it."""
+
+    def forward(self, x):
+        bright = x.mean(1) > 0.3
+        indices = label_table().indices.tolist()
+        left = (torch.arange(x.shape[2]) < x.shape[2] / 2).view(1, -1, 1, 1)
+        front = (torch.arange(x.shape[3]) > 0.75 * x.shape[3]).view(1, 1, -1, 1)
+        names = torch.where(left, torch.where(front, 10, 12), torch.where(front, 49, 51))
+        names = torch.where(bright, names, 0)
+        channel = torch.zeros(61, dtype=torch.long)
+        channel[indices] = torch.arange(len(indices))
+        one_hot = torch.nn.functional.one_hot(channel[names], len(indices))
+        return 20 * one_hot.movedim(-1, 1).float()
+
+
+@pytest.mark.parametrize('backwards', [False, True])
+def test_a_head_that_faces_backwards_is_noticed_and_keeps_its_own_sides(backwards):
+    model = Model('front', '0', FrontNetwork(), label_table(), 2.0, 16, {})
+    x = torch.full((1, 32, 32, 32), 0.5)
+    x[:, :, 24:] = 0.9
+    x[:, :16] += 0.05  # The child's left is a little brighter.
+    x += 0.01 * torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+    scans = x.flip(1, 2) if backwards else x
+    posteriors, turned = predict_either_way(scans, model)
+    assert turned is backwards
+    labels = label_table().indices[posteriors.argmax(0)]
+    assert scans[0][np.isin(labels, (10, 49))].min() > 0.85
+    left = scans[0][labels == 12].mean()
+    assert left > scans[0][labels == 51].mean() + 0.03

@@ -95,8 +95,20 @@ def test_results_have_the_exact_grid_header_of_the_reference(tmp_path, dtype):
         like_reference(values, loaded, dtype=dtype).to_filename(tmp_path / 'out.nii.gz')
         result = nib.load(tmp_path / 'out.nii.gz')
         np.testing.assert_array_equal(result.get_fdata(), values)
-        for name in ('dim', 'pixdim', 'xyzt_units', 'sform_code', 'qform_code', 'srow_x',
-                     'srow_y', 'srow_z', 'quatern_b', 'quatern_c', 'quatern_d', 'qoffset_x'):
+        for name in (
+            'dim',
+            'pixdim',
+            'xyzt_units',
+            'sform_code',
+            'qform_code',
+            'srow_x',
+            'srow_y',
+            'srow_z',
+            'quatern_b',
+            'quatern_c',
+            'quatern_d',
+            'qoffset_x',
+        ):
             np.testing.assert_array_equal(result.header[name], loaded.header[name], name)
         np.testing.assert_array_equal(result.affine, loaded.affine)
 

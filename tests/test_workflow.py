@@ -68,8 +68,12 @@ def test_every_session_with_a_readable_image_gets_its_outputs(run):
     assert result.returncode == 0, result.stderr
     stems = ['sub-01/ses-A/anat/sub-01_ses-A', 'sub-01/ses-B/anat/sub-01_ses-B']
     for stem, space in zip(stems, ('T1w', 'T2w'), strict=True):
-        for what in ('desc-aseg_dseg', 'desc-brain_mask', 'desc-uncertainty_probseg',
-                     'desc-babyseg_probseg'):
+        for what in (
+            'desc-aseg_dseg',
+            'desc-brain_mask',
+            'desc-uncertainty_probseg',
+            'desc-babyseg_probseg',
+        ):
             for ending in ('nii.gz', 'json'):
                 assert (output / f'{stem}_space-{space}_{what}.{ending}').is_file()
         assert (output / f'{stem}_space-{space}_desc-babyseg_morph.tsv').is_file()

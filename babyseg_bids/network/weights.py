@@ -72,6 +72,8 @@ def save_model(
     tensors = {k: v.detach().half().contiguous() for k, v in network.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={'babyseg': json.dumps(description)})
+    # The library makes files that only their owner may read, which is no use in a container.
+    path.chmod(0o644)
 
 
 def load_model(name: str | Path = 'default', /) -> Model:

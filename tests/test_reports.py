@@ -153,8 +153,8 @@ def test_flags_stand_once_and_the_worst_first(report):
 def test_the_pictures_lie_beside_the_page_as_files(report):
     _, folder = report
     names = sorted(p.name for p in (folder / 'figures').iterdir())
-    whats = ('axial', 'coronal', 'sagittal', 'uncertainty')
-    assert names == [f'sub-01_ses-A_desc-{what}_dseg.png' for what in whats]
+    kinds = ('axial', 'coronal', 'sagittal', 'uncertainty')
+    assert names == [f'sub-01_ses-A_desc-{what}_dseg.png' for what in kinds]
     for name in names:
         picture = Image.open(folder / 'figures' / name)
         assert picture.width > 1000

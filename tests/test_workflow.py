@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -128,7 +129,8 @@ def test_exactly_one_label_map_answers_the_query_of_nibabies(run):
 
 def test_the_validator_accepts_the_output(run):
     _, output = run
-    command = ['bids-validator-deno', str(output), '--json']
+    program = Path(sys.executable).with_name('bids-validator-deno')
+    command = [str(program), str(output), '--json']
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     issues = json.loads(result.stdout)['issues']['issues']
     errors = [i for i in issues if i.get('severity') == 'error']

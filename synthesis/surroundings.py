@@ -52,9 +52,8 @@ def add_layers(
 def strip_skull(
     classes: Tensor, distance: Tensor, /, *, table: ClassTable, generator: torch.Generator
 ) -> Tensor:
-    """Mask of what a brain extraction leaves: too tight to too loose, with a smooth wobble.
-
-    Tight masks cut into the cortex only where the wobble says so. Returns (*size) bool.
+    """Mask (*size) bool of what a brain extraction leaves: the whole brain, and now and then some
+    of what lies around it, with a smooth wobble.
     """
     wobble = smooth_field(classes.shape, points=10, generator=generator)[0]
     kind = uniform(0, 1, 1, generator=generator)

@@ -81,6 +81,14 @@ class TrainingPlan:
     average: float = 0.998
     clip: float = 1.0
 
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            if any(n % self.network.multiple for n in stage.size):
+                raise UsageError(
+                    f'A training stage has the size {"x".join(map(str, stage.size))}; the network '
+                    f'needs multiples of {self.network.multiple}.'
+                )
+
     @property
     def steps(self) -> int:
         """Steps of all stages."""

@@ -9,7 +9,7 @@ from babyseg_bids.network.unet import NetworkConfig
 from babyseg_bids.synthesis.losses import dice_cross_entropy, hard_dice
 from babyseg_bids.synthesis.maps import save_maps
 from babyseg_bids.synthesis.train import Stage, SyntheticBatches, Trainer, TrainingPlan
-from babyseg_bids.synthesis.train_cli import main
+from babyseg_bids.synthesis.train_cli import DEFAULT_STAGES, main
 
 NETWORK = NetworkConfig(labels=28, encoder=(4, 4), decoder=(4, 4))
 PLAN = TrainingPlan(
@@ -55,6 +55,13 @@ def test_stages_are_read_and_wrong_ones_named():
     assert Stage.parse('2.0:64x80x64:10:2') == Stage(2.0, (64, 80, 64), 10, 2)
     with pytest.raises(UsageError, match=r'2\.0:64:10'):
         Stage.parse('2.0:64:10')
+
+
+def test_default_stages_fit_the_network_and_others_are_refused():
+    stages = tuple(Stage.parse(s) for s in DEFAULT_STAGES)
+    assert TrainingPlan(stages).steps == sum(s.steps for s in stages)
+    with pytest.raises(UsageError, match='40x48x40; the network needs multiples of 16'):
+        TrainingPlan((Stage(4.0, (40, 48, 40), 1, 1),))
 
 
 def test_the_rate_warms_up_and_ends_at_zero():

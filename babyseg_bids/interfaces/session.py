@@ -160,6 +160,7 @@ class SegmentScans(SimpleInterface):
             'device': result.device,
             'seconds': round(time.monotonic() - began, 2),
             'model': f'{model.name} {model.version}',
+            'turned': result.turned,
         }
         path = folder / 'measures.json'
         path.write_text(json.dumps(measures))
@@ -330,7 +331,7 @@ class PublishSession(SimpleInterface):
         ledger = {
             **session.to_dict(),
             'version': __version__,
-            **{k: measures[k] for k in ('model', 'device', 'seconds', 'scan_weights')},
+            **{k: measures[k] for k in ('model', 'device', 'seconds', 'scan_weights', 'turned')},
             'settings': self.inputs.settings,
             'inputs': [input_record(s) for s in given.scans],
             'alignments': [

@@ -22,6 +22,7 @@ from torch import Tensor
 from babyseg_bids.errors import BabySegError, InputError, OutputError
 from babyseg_bids.labels import label_table
 from babyseg_bids.synthesis.deformation import random_displacement, resize, sample_field
+from babyseg_bids.synthesis.draws import Draws
 from babyseg_bids.synthesis.maps import remove_specks
 
 FORMAT = 1
@@ -214,16 +215,15 @@ def sample_label_map(
     labels (X, Y, Z) int16, FreeSurfer numbers, and the affine (4, 4): RAS axes, mm
     """
     # Everything random is drawn in the common space, so that it does not depend on age or grid.
-    generator = torch.Generator().manual_seed(seed)
-    overall = SIZE_SD * torch.randn(1, generator=generator)
-    size = (overall + AXIS_SD * torch.randn(3, generator=generator)).double().numpy()
+    draws = Draws(seed)
+    size = draws.normal('size', SIZE_SD) + AXIS_SD * draws.table(3, normal=True)
     warp = random_displacement(
         atlas.size,
         amplitude=WARP_SD / atlas.spacing,
         points=WARP_POINTS,
-        generator=generator,
+        draws=draws,
     )
-    scores = _scores(atlas, age_months, generator)
+    scores = _scores(atlas, age_months, draws)
 
     blend = atlas.blend(age_months)
     scale = np.exp(blend @ atlas.log_scale + size)
@@ -243,13 +243,13 @@ def sample_label_map(
     return label_table().indices[np.pad(channels, pad)], affine
 
 
-def _scores(atlas: Atlas, age_months: float, generator: torch.Generator) -> Tensor:
+def _scores(atlas: Atlas, age_months: float, draws: Draws) -> Tensor:
     """Log probabilities with smooth noise, (C, X, Y, Z), in the common space."""
     scores = torch.from_numpy(atlas.dense(age_months)).add_(FLOOR).log_()
     control = [max(2, round(s * atlas.spacing / NOISE_SPACING)) for s in atlas.size]
     for channel, row in zip(scores, label_table().rows, strict=True):
         channel.add_(THIN.get(row.tissue, 0.0))
-        noise = torch.randn((1, *control), generator=generator)
+        noise = draws.noise(1, *control)
         channel.add_(resize(noise, atlas.size)[0], alpha=NOISE_SD)
     return scores
 

@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from babyseg_bids.errors import InputError
 from babyseg_bids.labels import label_table
+from babyseg_bids.synthesis.affine import fit_affine, log_scale, mean_centroids, transform
 from babyseg_bids.synthesis.atlas import Atlas
 from babyseg_bids.synthesis.maps import class_table, prepare_map
 
@@ -112,43 +113,11 @@ def read_children(folder: Path, /, *, same_child: Mapping[str, str]) -> list[Chi
     return children
 
 
-def fit_affine(source: np.ndarray, target: np.ndarray, /) -> np.ndarray:
-    """Affine (4, 4) that brings points (N, 3) nearest to others in the least-squares sense."""
-    homogeneous = np.c_[source, np.ones(len(source))]
-    matrix = np.eye(4)
-    matrix[:3] = np.linalg.lstsq(homogeneous, target, rcond=None)[0].T
-    return matrix
-
-
-def log_scale(matrix: np.ndarray, /) -> np.ndarray:
-    """Logarithm of the stretch along each axis, (3,), of an affine without its rotation."""
-    values, vectors = np.linalg.eigh(matrix[:3, :3].T @ matrix[:3, :3])
-    return np.diag(vectors @ np.diag(np.log(values) / 2) @ vectors.T)
-
-
-def mean_centroids(centroids: np.ndarray, /, *, iterations: int = 20) -> np.ndarray:
-    """Symmetric mean (S, 3) of configurations (N, S, 3) up to affine maps, of their mean size."""
-    mirror = label_table().mirror_channels[1:] - 1
-    reference = centroids.mean(0) - centroids.mean((0, 1))
-    for _ in range(iterations):
-        reference = (reference + reference[mirror] * (-1, 1, 1)) / 2
-        moved = [_apply(fit_affine(c, reference), c.T).T for c in centroids]
-        reference = np.mean(moved, 0)
-    reference = (reference + reference[mirror] * (-1, 1, 1)) / 2
-    sizes = [log_scale(fit_affine(reference, c)).mean() for c in centroids]
-    return (reference - reference.mean(0) * (0, 1, 1)) * np.exp(np.mean(sizes))
-
-
-def _apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    shift = matrix[:3, 3].reshape(3, *[1] * (points.ndim - 1))
-    return np.tensordot(matrix[:3, :3], points, 1) + shift
-
-
 def common_space(children: Iterable[Child], affines: Iterable[np.ndarray]) -> Space:
     """A grid symmetric in x that holds all brains after their affine maps."""
     low, high = [], []
     for child, matrix in zip(children, affines, strict=True):
-        brain = _apply(np.linalg.inv(matrix), np.argwhere(child.channels)[::7].T.astype(float))
+        brain = transform(np.linalg.inv(matrix), np.argwhere(child.channels)[::7].T.astype(float))
         low.append(brain.min(1))
         high.append(brain.max(1))
     margin = 4 * SPACING
@@ -259,7 +228,7 @@ def child_probabilities(
     everywhere = np.arange(out.shape[1])
     for corner in np.ndindex(2, 2, 2):
         shift = (np.array(corner).reshape(3, 1, 1, 1) - 0.5) * space.spacing / 2
-        where = np.rint(_apply(matrix, points + shift + displacement)).astype(int)
+        where = np.rint(transform(matrix, points + shift + displacement)).astype(int)
         limit = np.array(child.channels.shape).reshape(3, 1, 1, 1)
         inside = ((where >= 0) & (where < limit)).all(0)
         where = np.clip(where, 0, limit - 1)
@@ -326,4 +295,4 @@ def _grey(child: Child, matrix: np.ndarray, space: Space) -> np.ndarray:
     """The child's grey image (*size) on the common grid after its affine map."""
     values = np.array([GREY[r.tissue] for r in label_table().rows], np.float32)
     image = ndimage.gaussian_filter(values[child.channels], 0.5)
-    return ndimage.map_coordinates(image, _apply(matrix, space.points()), order=1)
+    return ndimage.map_coordinates(image, transform(matrix, space.points()), order=1)

@@ -3,11 +3,14 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from babyseg_bids import __version__
-from babyseg_bids.errors import BabySegError, OutputError
+from babyseg_bids.errors import BabySegError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from babyseg_bids.synthesis.settings import SynthesisSettings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -19,27 +22,45 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest='command', required=True)
     for name, text in (
         ('sample', 'write samples as NIfTI images with their label maps'),
-        ('gallery', 'write one picture of many samples'),
+        ('gallery', 'write a page of samples with their parameters'),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument('maps', type=Path, help='file that `babyseg-train prepare` wrote')
-        command.add_argument('--out', type=Path, required=True, help='folder, or .png of gallery')
+        what = 'folder' if name == 'sample' else 'page (.html)'
+        command.add_argument('--out', type=Path, required=True, help=f'{what} to write')
         command.add_argument('--count', type=int, default=1 if name == 'sample' else 24)
         command.add_argument('--seed', type=int, default=0, help='of the first sample')
-        command.add_argument('--spacing', type=float, default=2.0, help='voxel size, mm')
-        command.add_argument(
-            '--size', type=int, nargs=3, default=(80, 96, 80), metavar=('X', 'Y', 'Z')
-        )
+        command.add_argument('--spacing', type=float, help='voxel size, mm')
+        command.add_argument('--size', type=int, nargs='+', metavar='N', help='voxels by axis')
+        _add_settings(command)
+        if name == 'gallery':
+            command.add_argument(
+                '--by-setting',
+                action='store_true',
+                help='show what each probability in the settings does, alone',
+            )
+    show = commands.add_parser('settings', help='print a settings file with every key explained')
+    _add_settings(show)
     return parser
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        '--settings', default='default', metavar='NAME|FILE', help='preset, or TOML file'
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `babyseg-synth`; returns the exit code."""
     args = build_parser().parse_args(arguments)
     try:
-        samples = _draw(args)
+        if args.command == 'settings':
+            from babyseg_bids.synthesis.settings import load_settings, to_toml
+
+            print(to_toml(load_settings(args.settings)), end='')
+            return 0
         try:
-            {'sample': _write_samples, 'gallery': _write_gallery}[args.command](args, samples)
+            {'sample': _sample, 'gallery': _gallery}[args.command](args)
         except OSError as e:
             raise OutputError(f'{args.out} cannot be written ({e}); choose another --out.') from e
     except BabySegError as e:
@@ -48,28 +69,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _draw(args: argparse.Namespace) -> list:
-    from babyseg_bids.synthesis.generator import draw_sample
-    from babyseg_bids.synthesis.maps import load_maps
-    from babyseg_bids.synthesis.settings import SynthesisSettings
+def _settings(args: argparse.Namespace) -> 'SynthesisSettings':
+    from babyseg_bids.synthesis.settings import load_settings, update
 
-    settings = replace(SynthesisSettings(), size=tuple(args.size), spacing=args.spacing)
-    maps = load_maps(args.maps)
-    return [draw_sample(maps, seed=args.seed + i, settings=settings) for i in range(args.count)]
+    if args.count < 1 or args.seed < 0:
+        raise UsageError('--count starts at 1 and --seed at 0.')
+    given = {'size': args.size, 'spacing': args.spacing}
+    changes = {k: v for k, v in given.items() if v is not None}
+    return update(load_settings(args.settings), changes)
 
 
-def _write_samples(args: argparse.Namespace, samples: list) -> None:
+def _sample(args: argparse.Namespace) -> None:
     import json
 
     import nibabel as nib
-    import numpy as np
 
     from babyseg_bids.labels import label_table
+    from babyseg_bids.synthesis.gallery import affine_of
+    from babyseg_bids.synthesis.generator import draw_sample
+    from babyseg_bids.synthesis.maps import load_maps
 
+    settings = _settings(args)
+    if len(settings.size) != 3:
+        raise UsageError('NIfTI samples have three axes; give --size three numbers.')
+    maps = load_maps(args.maps)
     args.out.mkdir(parents=True, exist_ok=True)
-    affine = np.diag([args.spacing] * 3 + [1.0])
-    for sample in samples:
-        stem = f'sample-{sample.record["seed"]}'
+    affine = affine_of(settings)
+    for seed in range(args.seed, args.seed + args.count):
+        sample = draw_sample(maps, seed=seed, settings=settings)
+        stem = f'sample-{seed}'
         labels = label_table().indices[sample.target.numpy()]
         nib.save(nib.Nifti1Image(labels, affine), args.out / f'{stem}_dseg.nii.gz')
         for i, image in enumerate(sample.images, start=1):
@@ -79,31 +107,21 @@ def _write_samples(args: argparse.Namespace, samples: list) -> None:
         print(args.out / stem)
 
 
-def _write_gallery(args: argparse.Namespace, samples: list) -> None:
-    import numpy as np
-    from matplotlib.figure import Figure
+def _gallery(args: argparse.Namespace) -> None:
+    from babyseg_bids.synthesis.gallery import gallery_page
+    from babyseg_bids.synthesis.maps import load_maps
 
-    from babyseg_bids.labels import label_table
-
-    colours = np.array([r.rgb for r in label_table().rows], np.uint8)
-    columns = 4
-    rows = -(-len(samples) // columns)
-    figure = Figure(figsize=(4 * columns, 2.2 * rows))
-    axes = figure.subplots(rows, 2 * columns).ravel()
-    for axis in axes:
-        axis.axis('off')
-    for i, sample in enumerate(samples):
-        axis = i % 3
-        plane = sample.target.shape[axis] // 2
-        image = sample.images[0].select(axis, plane).T
-        target = sample.target.select(axis, plane).T
-        axes[2 * i].imshow(image.numpy(), cmap='gray', origin='lower', vmin=0, vmax=1)
-        axes[2 * i + 1].imshow(colours[target], origin='lower')
-        text = ', '.join(f'{k} {v}' for k, v in sample.record.items())
-        axes[2 * i].set_title(text, fontsize=5, loc='left')
-    figure.tight_layout()
+    settings = _settings(args)
+    page = gallery_page(
+        load_maps(args.maps),
+        settings,
+        count=args.count,
+        seed=args.seed,
+        by_setting=args.by_setting,
+        title=f'Synthetic training samples ({args.settings})',
+    )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=110)
+    args.out.write_text(page, 'utf-8')
     print(args.out)
 
 

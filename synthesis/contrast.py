@@ -1,10 +1,16 @@
-"""Contrast: an intensity for every class, drawn at random or ordered by tissue as in real MRI."""
+"""Contrast: an intensity for every class, at random, by tissue, or from physics."""
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from babyseg_bids.synthesis.deformation import chance, smooth_field, uniform
+from babyseg_bids.synthesis.deformation import smooth_field
+from babyseg_bids.synthesis.draws import Draws
 from babyseg_bids.synthesis.maps import ClassTable
+from babyseg_bids.synthesis.relaxation import draw_scanner
+from babyseg_bids.synthesis.settings import ContrastSettings
 
 # Typical intensities (0..1) of white matter, cortex, deep grey, ventricle, cerebellum, brainstem
 # for weightings that a child's scan may have; each is jittered, so they only set the order.
@@ -17,73 +23,177 @@ WEIGHTINGS = {
     'FLAIR': (0.50, 0.65, 0.60, 0.10, 0.62, 0.52),
 }
 TISSUE_ORDER = ('white-matter', 'cortex', 'deep-grey', 'ventricle', 'cerebellum', 'brainstem')
+# A child's age is drawn up to here where the map does not say it, months.
+OLDEST = 60.0
+# Depth below the brain's hull at which white matter is most mature, mm.
+DEEP = 25.0
 
 
-def random_means(table: ClassTable, /, *, generator: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class Contrast:
+    """Mean intensity of each class, (N,) in 0..1.
+
+    Parameters
+    ----------
+    means : of the least mature white matter, where `mature` says something else
+    mature : the same for the most mature, None where maturity is the same everywhere
+    """
+
+    means: np.ndarray
+    mature: np.ndarray | None = None
+
+
+def draw_contrast(
+    table: ClassTable, settings: ContrastSettings, /, *, age: float | None, draws: Draws
+) -> Contrast:
+    """Draw a contrast in one of four ways.
+
+    Parameters
+    ----------
+    age : of the anatomy, months; None for unknown
+    """
+    kinds = ('random', 'tissue', 'typical', 'physics')
+    kind = draws.choice('contrast', kinds, settings.shares)
+    if kind == 'physics':
+        return _physics(table, settings, age, draws)
+    if kind == 'random':
+        means = random_means(table, draws=draws)
+    else:
+        weighting = draws.choice('weighting', list(WEIGHTINGS)) if kind == 'typical' else None
+        means = tissue_means(table, weighting=weighting, draws=draws)
+    if draws.chance('dark air', 0.7):
+        means[0] = 0
+    return Contrast(means)
+
+
+def _physics(
+    table: ClassTable, settings: ContrastSettings, age: float | None, draws: Draws
+) -> Contrast:
+    if age is None or draws.chance('any age', settings.any_age_probability):
+        # Contrast changes fastest early, so early ages are drawn more often.
+        age = OLDEST * draws.uniform('root of age', 0, 1) ** 2
+    draws.log['age'] = round(age, 1)
+    scanner = draw_scanner(
+        table, field=settings.field_tesla, jitter=settings.relaxation_jitter, draws=draws
+    )
+    spread = 1 + draws.uniform('maturity', 0, settings.maturity_spread)
+    young, old = scanner.means(age / spread), scanner.means(age * spread)
+    brain = table.channel > 0
+    top = max(young[brain].max(), old[brain].max(), 1e-9)
+    # Fat may be brighter than any brain; it saturates.
+    young, old = np.minimum(young / top, 1.3), np.minimum(old / top, 1.3)
+    young[0] = old[0] = 0
+    varies = np.isin(np.arange(len(table)), table.tissue('white-matter'))
+    even = (young + old) / 2
+    return Contrast(np.where(varies, young, even), np.where(varies, old, even))
+
+
+def random_means(table: ClassTable, /, *, draws: Draws) -> np.ndarray:
     """Mean intensity of each class, (N,) in 0..1, the two sides mostly alike.
 
     All classes are independent (BabySeg's scheme); now and then sides differ too.
     """
-    means = torch.rand(len(table), generator=generator, device=generator.device)
-    if chance(0.9, generator=generator):
-        mirror = torch.as_tensor(table.mirror, device=means.device)
-        means = torch.where(
-            mirror < torch.arange(len(means), device=means.device), means[mirror], means
-        )
+    means = draws.table(len(table))
+    if draws.chance('same on both sides', 0.9):
+        means = means[np.minimum(np.arange(len(means)), table.mirror)]
     return means
 
 
 def tissue_means(
-    table: ClassTable, /, *, weighting: str | None = None, generator: torch.Generator
-) -> Tensor:
+    table: ClassTable, /, *, weighting: str | None = None, draws: Draws
+) -> np.ndarray:
     """Mean intensity of each class, (N,), structures of one tissue close to each other.
 
     Parameters
     ----------
     weighting : a key of `WEIGHTINGS`; None for random tissue intensities
     """
-    means = random_means(table, generator=generator)
+    means = random_means(table, draws=draws)
+    jitter = draws.table(len(TISSUE_ORDER), normal=True)
     if weighting is None:
-        levels = torch.rand(len(TISSUE_ORDER), generator=generator, device=means.device)
+        levels = draws.table(len(TISSUE_ORDER))
         # Cerebellum and brainstem resemble cortex and white matter in any contrast.
-        levels[4] = levels[1] + uniform(-0.1, 0.1, 1, generator=generator)
-        levels[5] = levels[0] + uniform(-0.2, 0.2, 1, generator=generator)
+        levels[4] = levels[1] + 0.06 * jitter[4]
+        levels[5] = levels[0] + 0.12 * jitter[5]
     else:
-        levels = torch.tensor(WEIGHTINGS[weighting], device=means.device)
-        levels = levels + 0.06 * torch.randn(len(levels), generator=generator, device=means.device)
+        levels = np.array(WEIGHTINGS[weighting]) + 0.06 * jitter
     # Real contrast between tissues is often a small part of the range, above all around birth.
-    solid = torch.tensor([0, 1, 2, 4, 5], device=means.device)
+    solid = [0, 1, 2, 4, 5]
     middle = levels[solid].mean()
-    levels[solid] = middle + uniform(0.25, 1, 1, generator=generator) * (levels[solid] - middle)
-    offset = uniform(0.02, 0.12, 1, generator=generator)
+    levels[solid] = middle + draws.uniform('strength', 0.25, 1) * (levels[solid] - middle)
+    offset = draws.uniform('spread', 0.02, 0.12)
     for level, tissue in zip(levels, TISSUE_ORDER, strict=True):
         members = table.tissue(tissue)
         means[members] = level + offset * (2 * means[members] - 1)
     means[table.of(24)] = levels[3]  # CSF looks as it does in the ventricles.
     # White matter within the cerebellum looks like white matter (labels 7 and 46).
     means[table.of(7, 46)] = levels[0]
-    return means.clamp(0, 1.2)
+    return means.clip(0, 1.2)
 
 
 def render(
-    classes: Tensor, means: Tensor, /, *, sd: float, texture: float, generator: torch.Generator
+    classes: Tensor,
+    contrast: Contrast,
+    /,
+    *,
+    settings: ContrastSettings,
+    draws: Draws,
+    distance: Tensor | None = None,
 ) -> Tensor:
-    """Image (*size) of a Gaussian mixture with a smooth variation inside the tissues.
+    """Image (*size) of a Gaussian mixture with smooth variation inside the tissues.
+
+    Each class draws its own deviation and its own amplitude of the variation. Some classes are
+    split in two parts of different intensity along a smooth border.
 
     Parameters
     ----------
-    classes : (*size) int64
-    means : (N,)
-    sd : largest standard deviation of a class; each class draws its own
-    texture : largest amplitude of the smooth variation of a class; each class draws its own
+    classes : (*size) int32
+    distance : (*size), signed distance to the brain's hull, mm; needed where maturity varies
     """
-    n, device = len(means), means.device
-    deviations = sd * torch.rand(n, generator=generator, device=device)
-    amplitudes = texture * torch.rand(n, generator=generator, device=device)
-    noise = torch.randn(classes.shape, generator=generator, device=device)
-    image = torch.addcmul(means[classes], noise, deviations[classes])
-    if texture:
-        points = int(uniform(3, 12, 1, generator=generator))
-        field = smooth_field(classes.shape, points=points, generator=generator)[0]
-        image.addcmul_(field, amplitudes[classes])
-    return image
+    n, device = len(contrast.means), classes.device
+    flat = classes.reshape(-1)
+    means = contrast.means
+    # Dark air has no texture; its noise comes with the acquisition.
+    varied = np.ones(n)
+    varied[0] = contrast.means[0] > 0
+    if draws.chance('split', settings.split_probability):
+        border = smooth_field(
+            classes.shape, points=draws.integer('split points', 4, 16), draws=draws
+        )
+        flat = torch.add(flat, (border.view(-1) > 0).int(), alpha=n)
+        change = draws.table(n, normal=True) * settings.split_sd * (draws.table(n) < 0.5)
+        means = np.concatenate([means, means + change * varied])
+    parts = len(means) // n
+
+    def lookup(values: np.ndarray) -> Tensor:
+        table = torch.from_numpy(np.tile(values, len(means) // len(values))).float().to(device)
+        return table.index_select(0, flat)
+
+    image = lookup(means)
+    deviations = settings.noise_in_class * draws.table(n) * varied
+    image.addcmul_(draws.noise(flat.numel()), lookup(np.tile(deviations, parts)))
+    if settings.texture:
+        points = draws.integer('texture points', 3, 12)
+        field = smooth_field(classes.shape, points=points, draws=draws)
+        image.addcmul_(field.view(-1), lookup(settings.texture * draws.table(n) * varied))
+    if contrast.mature is not None and distance is not None:
+        progress = maturity(distance, draws=draws)
+        image.addcmul_(progress.view(-1), lookup(contrast.mature - contrast.means))
+    return image.view(classes.shape)
+
+
+def maturity(distance: Tensor, /, *, draws: Draws) -> Tensor:
+    """How far white matter has matured, (*size) in 0..1: first in the centre and at the back.
+
+    Parameters
+    ----------
+    distance : (*size), signed distance to the brain's hull, mm; the second axis from posterior to
+        anterior
+    """
+    depth = distance * (-1 / DEEP)
+    n = distance.shape[1]
+    backwards = torch.linspace(0.5, -0.5, n, device=distance.device)
+    view = [-1 if i == 1 else 1 for i in range(distance.ndim)]
+    tilt = draws.uniform('back to front', 0, 1)
+    wobble = smooth_field(distance.shape, points=6, draws=draws)[0]
+    return depth.add_(tilt * backwards.view(view)).add_(wobble, alpha=0.15).clamp_(0, 1)

@@ -4,43 +4,41 @@ Coordinates are voxel indices of the output grid unless said otherwise; fields h
 (D, *size) with one component a dimension, in voxels.
 """
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LINEAR = {1: 'linear', 2: 'bilinear', 3: 'trilinear'}
-
-
-def uniform(low: float, high: float, /, *shape: int, generator: torch.Generator) -> Tensor:
-    """Uniform random numbers between two bounds, (*shape)."""
-    return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
-
-
-def chance(probability: float, /, *, generator: torch.Generator) -> bool:
-    """True with the given probability."""
-    return bool(torch.rand((), generator=generator, device=generator.device) < probability)
+from babyseg_bids.synthesis import operators
+from babyseg_bids.synthesis.draws import Draws
 
 
 def resize(x: Tensor, size: Sequence[int], /) -> Tensor:
     """Resize (C, *size) linearly so that the corner voxels' centres stay in the corners."""
-    return F.interpolate(x[None], tuple(size), mode=_LINEAR[x.ndim - 1], align_corners=True)[0]
+    steps = zip(x.shape[1:], size, strict=True)
+    return operators.apply(
+        x, [operators.linear(n, torch.linspace(0, n - 1, m).double()) for n, m in steps]
+    )
 
 
 def smooth_field(
-    size: Sequence[int], /, *, points: int, channels: int = 1, generator: torch.Generator
+    size: Sequence[int], /, *, points: int, channels: int = 1, draws: Draws
 ) -> Tensor:
-    """Smooth random field (channels, *size) of unit standard deviation at its control points.
+    """Smooth random field (channels, *size) of unit variance, on average over its voxels.
 
     Parameters
     ----------
-    points : control points along the longest dimension, at least 2; the others get their share
+    points : control points of its cubic B-spline along the longest dimension, at least 2; the
+        others get their share
     """
     longest = max(size)
-    shape = [max(2, round(points * s / longest)) for s in size]
-    control = torch.randn((channels, *shape), generator=generator, device=generator.device)
-    return resize(control, size)
+    control = [max(2, round(points * s / longest)) for s in size]
+    splines = [operators.bspline(n, m) for n, m in zip(control, size, strict=True)]
+    power = math.prod(float((s**2).sum(1).mean()) for s in splines)
+    return operators.apply(draws.noise(channels, *control) / math.sqrt(power), splines)
 
 
 def grid(size: Sequence[int], /, *, device: torch.device | str = 'cpu') -> Tensor:
@@ -77,10 +75,10 @@ def rotation(angles: Tensor, /) -> Tensor:
     if len(angles) == 1:
         c, s = torch.cos(angles[0]), torch.sin(angles[0])
         return torch.stack([torch.stack([c, -s]), torch.stack([s, c])])
-    matrix = torch.eye(3, device=angles.device)
+    matrix = torch.eye(3, dtype=angles.dtype, device=angles.device)
     for axis, angle in enumerate(angles):
         i, j = [(1, 2), (0, 2), (0, 1)][axis]
-        turn = torch.eye(3, device=angles.device)
+        turn = torch.eye(3, dtype=angles.dtype, device=angles.device)
         turn[i, i] = turn[j, j] = torch.cos(angle)
         turn[i, j], turn[j, i] = -torch.sin(angle), torch.sin(angle)
         matrix = matrix @ turn
@@ -95,7 +93,7 @@ def random_linear(
     scale: tuple[float, float],
     stretch: float,
     shear: float,
-    generator: torch.Generator,
+    draws: Draws,
 ) -> Tensor:
     """Random linear map (D, D) from output to input space.
 
@@ -106,40 +104,43 @@ def random_linear(
     stretch : largest relative change of a single axis on top of it
     shear : largest off-diagonal element
     """
-    device = generator.device
-    angles = uniform(-1, 1, 1 if dim == 2 else 3, generator=generator)
-    matrix = rotation(angles * rotation_deg * torch.pi / 180)
-    size = uniform(*scale, 1, generator=generator)
-    axes = size * (1 + uniform(-stretch, stretch, dim, generator=generator))
-    off = uniform(-shear, shear, dim, dim, generator=generator)
-    off = off * (1 - torch.eye(dim, device=device))
-    return matrix @ (torch.eye(dim, device=device) + off) @ torch.diag(1 / axes)
+    angles = draws.vector('rotation', -rotation_deg, rotation_deg, 1 if dim == 2 else 3)
+    axes = draws.uniform('scale', *scale) * draws.vector('stretch', 1 - stretch, 1 + stretch, dim)
+    off = (draws.table(dim, dim) * 2 - 1) * shear * (1 - np.eye(dim))
+    matrix = rotation(torch.from_numpy(np.deg2rad(angles))) @ torch.from_numpy(
+        (np.eye(dim) + off) / axes
+    )
+    return matrix.float()
 
 
-def random_displacement(
-    size: Sequence[int],
-    /,
-    *,
-    amplitude: float,
-    points: Sequence[int],
-    generator: torch.Generator,
+def random_velocity(
+    size: Sequence[int], /, *, amplitude: float, points: Sequence[int], draws: Draws
 ) -> Tensor:
-    """Random diffeomorphic displacement (D, *size) in voxels, of several scales at once.
+    """Random stationary velocity (D, *size) in voxels, of several scales at once.
 
-    Velocities are drawn at each number of control points with amplitudes that fall in proportion
-    to the points' distance, and integrated on a grid of a quarter of the resolution.
+    Amplitudes fall in proportion to the distance of the control points, so that fine scales fold
+    no more than coarse ones.
 
     Parameters
     ----------
     amplitude : standard deviation at the coarsest scale, voxels
     points : control points along the longest dimension, one entry a scale
     """
+    velocity = torch.zeros((len(size), *size), device=draws.device)
+    for n in points:
+        sd = amplitude * (min(points) - 1) / (n - 1) * (0.2 + 0.8 * float(draws.table(1)[0]))
+        velocity.add_(smooth_field(size, points=n, channels=len(size), draws=draws), alpha=sd)
+    return velocity
+
+
+def random_displacement(
+    size: Sequence[int], /, *, amplitude: float, points: Sequence[int], draws: Draws
+) -> Tensor:
+    """Random diffeomorphic displacement (D, *size) in voxels; see `random_velocity`.
+
+    It is integrated at a quarter of the resolution.
+    """
     coarse = [max(4, (s + 3) // 4) for s in size]
     ratio = max(coarse) / max(size)
-    velocity = torch.zeros((len(size), *coarse), device=generator.device)
-    for n in points:
-        sd = amplitude * ratio * (min(points) - 1) / (n - 1)
-        strength = uniform(0.2, 1, 1, generator=generator)
-        field = smooth_field(coarse, points=n, channels=len(size), generator=generator)
-        velocity += sd * strength * field
+    velocity = random_velocity(coarse, amplitude=amplitude * ratio, points=points, draws=draws)
     return resize(integrate(velocity), size) / ratio

@@ -13,7 +13,7 @@ from babyseg_bids.network.weights import Model
 from babyseg_bids.synthesis.generator import draw_sample
 from babyseg_bids.synthesis.losses import hard_dice
 from babyseg_bids.synthesis.maps import TrainingMap
-from babyseg_bids.synthesis.settings import SynthesisSettings
+from babyseg_bids.synthesis.settings import SynthesisSettings, load_settings
 
 
 def evaluate(
@@ -21,9 +21,11 @@ def evaluate(
     maps: Sequence[TrainingMap],
     /,
     *,
+    donors: Sequence[TrainingMap] = (),
     samples: int,
     scans: int = 1,
     seed: int = 0,
+    settings: SynthesisSettings | None = None,
     size: tuple[int, int, int] = (96, 112, 96),
     both_sides: bool = True,
 ) -> pd.DataFrame:
@@ -32,8 +34,10 @@ def evaluate(
     Parameters
     ----------
     maps : of held-out children
+    donors : maps of heads, which the children are given; none if empty
     samples : drawn from each map
     scans : number of scans that each sample has
+    settings : what the scans are like; the size, spacing and number of scans are set here
     size : voxels
     both_sides : as in `predict`
 
@@ -43,11 +47,16 @@ def evaluate(
     """
     table = label_table()
     shares = tuple(float(i == scans - 1) for i in range(4))
-    settings = replace(SynthesisSettings(), size=size, spacing=model.spacing, group_shares=shares)
+    base = settings or load_settings()
+    # A map is measured as it is, not mixed with the others.
+    anatomy = replace(base.anatomy, morph_probability=0.0, adult_share=0.0)
+    settings = replace(
+        base, anatomy=anatomy, size=size, spacing=model.spacing, group_shares=shares
+    )
     rows = []
     for source in maps:
         for i in range(samples):
-            sample = draw_sample([source], seed=seed + i, settings=settings)
+            sample = draw_sample([source, *donors], seed=seed + i, settings=settings)
             with torch.inference_mode():
                 labels = predict(sample.images, model, both_sides=both_sides).argmax(0)
             dice = hard_dice(labels, sample.target, classes=len(table)).numpy()

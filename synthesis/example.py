@@ -16,15 +16,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from babyseg_bids import __version__
 from babyseg_bids.errors import BabySegError, OutputError, UsageError
 from babyseg_bids.labels import TISSUES, label_table
-from babyseg_bids.synthesis import artefacts, contrast, surroundings
+from babyseg_bids.synthesis import acquisition, contrast, operators, surroundings
 from babyseg_bids.synthesis.atlas import Atlas, load_atlas, sample_label_map
-from babyseg_bids.synthesis.deformation import grid, rotation, sample_field, uniform
+from babyseg_bids.synthesis.deformation import grid, rotation, sample_field
+from babyseg_bids.synthesis.draws import Draws
 from babyseg_bids.synthesis.maps import (
     CSF,
     MARROW,
@@ -33,7 +33,9 @@ from babyseg_bids.synthesis.maps import (
     SKULL,
     ClassTable,
     class_table,
+    hull_distance,
 )
+from babyseg_bids.synthesis.settings import ContrastSettings, SurroundingsSettings
 
 PROGRAM = 'babyseg-example'
 BIDS_VERSION = '1.10.0'
@@ -51,14 +53,15 @@ OUTER = {
 # Voxel sizes in mm, and the brightest value of the stored images.
 SPACINGS = {'T1w': (1.0, 1.0, 1.0), 'T2w': (0.9, 0.9, 2.0)}
 PEAK = 700
-# Deviation of a structure's mean, largest noise within a tissue, texture, and of the scanner.
-STRUCTURE_SD, TISSUE_SD, TEXTURE, NOISE_SD, BIAS = 0.012, 0.025, 0.02, 0.015, 0.1
+# Deviation of a structure's mean, of the scanner's noise and of the log bias field.
+STRUCTURE_SD, NOISE_SD, BIAS = 0.012, 0.015, 0.1
+TISSUE = ContrastSettings(noise_in_class=0.025, texture=0.02, split_probability=0.0)
+# The soft tissue of the neck may lie anywhere, which suits training but no example.
+HEAD = SurroundingsSettings(body_probability=0.0, dura_probability=0.0)
 # How far a child may have moved between two scans.
 MOVED_DEG, MOVED_MM = 6.0, 5.0
-# Room around the brain for the layers of the head, and half the width of a gap between parts of
-# the brain that the skull bridges, mm.
+# Room around the brain for the layers of the head, mm.
 HEAD_MARGIN = 17.0
-FISSURE = 12.0
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,8 @@ VISITS = (Visit('01', '3mo', 3.0), Visit('01', '9mo', 9.0), Visit('02', '18mo', 
 
 
 def class_means(
-    table: ClassTable, age_months: float, suffix: str, /, *, generator: torch.Generator
-) -> Tensor:
+    table: ClassTable, age_months: float, suffix: str, /, *, draws: Draws
+) -> np.ndarray:
     """Mean intensity of each class, (N,), in a scan of a child of a given age.
 
     Parameters
@@ -95,14 +98,13 @@ def class_means(
     steps = CONTRAST_BY_AGE[suffix]
     levels = np.array([contrast.WEIGHTINGS[name] for _, name in steps])
     ages = [age for age, _ in steps]
-    means = torch.zeros(len(table))
+    means = np.zeros(len(table))
     for tissue, column in zip(TISSUES, _columns(levels), strict=True):
         members = table.tissue(tissue)
-        jitter = STRUCTURE_SD * torch.randn(len(members), generator=generator)
+        jitter = STRUCTURE_SD * draws.table(len(members), normal=True)
         means[members] = float(np.interp(age_months, ages, column)) + jitter
     # The two sides look alike, and CSF as it does in the ventricles.
-    mirror = torch.as_tensor(table.mirror)
-    means = (means + means[mirror]) / 2
+    means = (means + means[table.mirror]) / 2
     means[table.of(CSF)] = float(means[table.of(4)[0]])
     for number, level in OUTER[suffix].items():
         means[table.of(number)] = level
@@ -114,45 +116,25 @@ def _columns(levels: np.ndarray) -> list[np.ndarray]:
     return [levels[:, i] for i in order]
 
 
-def add_head(labels: np.ndarray, /, *, table: ClassTable, generator: torch.Generator) -> Tensor:
-    """Classes (X, Y, Z) int64 of a head around a 1 mm label map (FreeSurfer numbers)."""
+def add_head(labels: np.ndarray, /, *, table: ClassTable, draws: Draws) -> Tensor:
+    """Classes (X, Y, Z) int32 of a head around a 1 mm label map (FreeSurfer numbers)."""
     numbers, inverse = np.unique(labels, return_inverse=True)
-    classes = torch.tensor(table.of(*numbers.tolist()))[torch.from_numpy(inverse.reshape(-1))]
-    out = surroundings.add_layers(
-        classes.view(labels.shape), hull_distance(labels > 0), table=table, generator=generator
+    classes = torch.tensor(table.of(*numbers.tolist()), dtype=torch.int32)
+    return surroundings.add_layers(
+        classes[torch.from_numpy(inverse.reshape(labels.shape))],
+        torch.from_numpy(hull_distance(labels > 0)),
+        HEAD,
+        table=table,
+        draws=draws,
     )
-    # The soft tissue of the neck may come from any side, which suits training but no example.
-    out[out == table.of(MUSCLE)[0]] = 0
-    return out
 
 
-def hull_distance(brain: np.ndarray, /) -> Tensor:
-    """Distance (X, Y, Z) in voxels to a brain whose fissures and hollows are filled.
-
-    The skull bridges what separates the hemispheres and what lies above the cerebellum. It is
-    smooth, so that half the resolution does; `brain` (X, Y, Z) bool.
-    """
-    odd = [(0, n % 2) for n in brain.shape]
-    x, y, z = (n // 2 for n in np.pad(brain, odd).shape)
-    coarse = np.pad(brain, odd).reshape(x, 2, y, 2, z, 2).any((1, 3, 5))
-    reach = FISSURE / 2
-    near = ndimage.distance_transform_edt(~coarse) <= reach
-    hull = ndimage.distance_transform_edt(near) > reach
-    distance = torch.from_numpy(2 * ndimage.distance_transform_edt(~(hull | coarse))).float()
-    fine = torch.nn.functional.interpolate(
-        distance[None, None], scale_factor=2, mode='trilinear', align_corners=False
-    )[0, 0]
-    return fine[tuple(slice(n) for n in brain.shape)]
-
-
-def random_pose(
-    degrees: float, millimetres: float, /, *, generator: torch.Generator
-) -> np.ndarray:
+def random_pose(degrees: float, millimetres: float, /, *, draws: Draws) -> np.ndarray:
     """Random rigid transform (4, 4), at most so many degrees about and mm along each axis."""
     matrix = np.eye(4)
-    angles = uniform(-degrees, degrees, 3, generator=generator) * torch.pi / 180
-    matrix[:3, :3] = rotation(angles.double()).numpy()
-    matrix[:3, 3] = uniform(-millimetres, millimetres, 3, generator=generator).numpy()
+    angles = np.deg2rad(draws.vector('degrees', -degrees, degrees, 3))
+    matrix[:3, :3] = rotation(torch.from_numpy(angles)).numpy()
+    matrix[:3, 3] = draws.vector('mm', -millimetres, millimetres, 3)
     return matrix
 
 
@@ -183,34 +165,36 @@ def draw_scan(
     /,
     *,
     table: ClassTable,
-    generator: torch.Generator,
+    draws: Draws,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw one scan of a head.
 
     Parameters
     ----------
-    classes : (X, Y, Z) int64
+    classes : (X, Y, Z) int32
     affine : (4, 4), 1 mm, RAS axes
 
     Returns
     -------
     image (*size) int16, and the affine (4, 4) of its grid in the head's own world
     """
-    means = class_means(table, age_months, suffix, generator=generator)
-    image = contrast.render(classes, means, sd=TISSUE_SD, texture=TEXTURE, generator=generator)
-    image = image * (classes > 0)
+    means = class_means(table, age_months, suffix, draws=draws)
+    image = contrast.render(classes, contrast.Contrast(means), settings=TISSUE, draws=draws)
     spacing = SPACINGS[suffix]
     # The scanner averages over a voxel: a Gaussian whose width at half maximum is the voxel's.
-    image = artefacts.blur(image, torch.tensor(spacing) / 2.355)
+    widths = zip(classes.shape, spacing, strict=True)
+    image = operators.apply(
+        image, [operators.gaussian(n, acquisition.SD * mm) for n, mm in widths]
+    )
     if spacing != SPACINGS['T1w']:
-        tilt = random_pose(8, 6, generator=generator)
+        tilt = random_pose(8, 6, draws=draws)
         shape, where = scan_grid(classes.shape, affine, spacing, tilt)
         matrix = torch.from_numpy(np.linalg.inv(affine) @ where).float()
         points = torch.einsum('ij,j...->i...', matrix[:3, :3], grid(shape))
         image = _sample(image, points + matrix[:3, 3].view(3, 1, 1, 1))
         affine = where
-    image = artefacts.bias_field(image, strength=BIAS, generator=generator)
-    image = artefacts.rician(image, sd=NOISE_SD, generator=generator)
+    image = acquisition.bias_field(image, sd=BIAS, draws=draws)
+    image = acquisition.rician(image, sd=NOISE_SD, draws=draws)
     return (PEAK * image.clamp(0, 1.5)).round().to(torch.int16).numpy(), affine
 
 
@@ -240,13 +224,13 @@ def _write_visit(out: Path, visit: Visit, seed: int, scan_seed: int, atlas: Atla
     individual = 1000 * seed + int(visit.subject)
     labels, affine = sample_label_map(atlas, visit.age, seed=individual, margin=HEAD_MARGIN)
     table = class_table()
-    head = add_head(labels, table=table, generator=torch.Generator().manual_seed(individual))
+    head = add_head(labels, table=table, draws=Draws(individual))
 
-    generator = torch.Generator().manual_seed(scan_seed)
+    draws = Draws(scan_seed)
     for suffix in SPACINGS:
-        image, own = draw_scan(head, affine, visit.age, suffix, table=table, generator=generator)
+        image, own = draw_scan(head, affine, visit.age, suffix, table=table, draws=draws)
         # The child lies differently at every scan.
-        pose = random_pose(MOVED_DEG, MOVED_MM, generator=generator)
+        pose = random_pose(MOVED_DEG, MOVED_MM, draws=draws)
         stem = out / visit.folder / f'{visit.name}_{suffix}'
         _write_image(stem, image, pose @ own, {'Manufacturer': 'none: synthetic image'})
         if suffix == 'T1w':

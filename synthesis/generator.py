@@ -1,21 +1,18 @@
 """Draw training samples: a group of images of one random anatomy, and its label map."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from babyseg_bids.network.intensity import normalise
-from babyseg_bids.synthesis import artefacts, contrast, surroundings
-from babyseg_bids.synthesis.deformation import (
-    chance,
-    grid,
-    random_displacement,
-    random_linear,
-    uniform,
-)
+from babyseg_bids.synthesis import surroundings
+from babyseg_bids.synthesis.acquisition import acquire
+from babyseg_bids.synthesis.anatomy import Anatomy, draw_anatomy
+from babyseg_bids.synthesis.contrast import draw_contrast, render
+from babyseg_bids.synthesis.draws import Draws
+from babyseg_bids.synthesis.kspace import rigid_labels
 from babyseg_bids.synthesis.maps import ClassTable, TrainingMap, class_table
 from babyseg_bids.synthesis.settings import SynthesisSettings
 
@@ -28,12 +25,13 @@ class Sample:
     ----------
     images : (G, *size) float32 in 0..1
     target : (*size) int64, network channels
-    record : what is needed to draw it again: seed and map, and the choices made
+    record : the seed, and every choice that was made by name; with the same maps and settings
+        `draw_sample(maps, seed=record['seed'])` draws the sample again
     """
 
     images: Tensor
     target: Tensor
-    record: dict[str, object]
+    record: Mapping[str, object]
 
 
 def draw_sample(
@@ -43,178 +41,130 @@ def draw_sample(
     seed: int,
     settings: SynthesisSettings | None = None,
     table: ClassTable | None = None,
+    device: torch.device | str = 'cpu',
 ) -> Sample:
-    """Draw one sample; the same maps, settings and seed give the same bits.
+    """Draw one sample; the same maps, settings and seed give the same bits on a device.
 
     Parameters
     ----------
-    maps : prepared maps to choose from
+    maps : prepared maps to choose from, with as many axes as the settings' size
     seed : seed of all random choices
+    device : where the sample is drawn and stays
     """
     settings = settings or SynthesisSettings()
     table = table or class_table()
-    generator = torch.Generator().manual_seed(seed)
-    source = _choose(maps, settings, generator)
-    classes, distance = draw_anatomy(source, settings=settings, table=table, generator=generator)
-
-    if not source.has_head:
-        classes = surroundings.add_layers(classes, distance, table=table, generator=generator)
-    visible = torch.ones(classes.shape, dtype=torch.bool)
-    stripped = not chance(settings.head_probability, generator=generator)
-    if stripped:
-        visible = surroundings.strip_skull(classes, distance, table=table, generator=generator)
-    # Whoever keeps the skull rarely cuts the hindbrain away.
-    hindbrain = settings.hindbrain_missing_probability * (1 if stripped else 0.1)
-    visible &= ~surroundings.missing_parts(
-        classes, table=table, hindbrain=hindbrain, generator=generator
-    )
-    if chance(settings.crop_probability, generator=generator):
-        visible &= _slab(classes.shape, generator)
-    target = torch.as_tensor(table.channel)[classes] * visible
-
-    shares = torch.tensor(settings.group_shares)
-    count = 1 + int(torch.multinomial(shares, 1, generator=generator))
-    images = [
-        draw_image(classes, visible, settings=settings, table=table, generator=generator)
-        for _ in range(count)
-    ]
-    record = {'seed': seed, 'map': source.name, 'scans': count, 'stripped': stripped}
-    return Sample(torch.stack(images), target, record)
+    draws = Draws(seed, device=device)
+    anatomy = draw_anatomy(maps, settings=settings, table=table, draws=draws.scope('anatomy'))
+    classes, visible = dress(anatomy, settings, table=table, draws=draws.scope('surroundings'))
+    counts = range(1, len(settings.group_shares) + 1)
+    scans = draws.choice('scans', counts, settings.group_shares)
+    images, views = [], []
+    for i in range(scans):
+        image, view = draw_scan(
+            classes,
+            visible,
+            anatomy,
+            settings,
+            table=table,
+            first=i == 0,
+            draws=draws.scope(f'scan {i + 1}'),
+        )
+        images.append(image)
+        views.append(view)
+    seen = views[0]
+    for view in views[1:]:
+        seen = seen | view
+    channel = torch.from_numpy(table.channel).to(classes.device)
+    target = channel.index_select(0, classes.view(-1)).view(classes.shape) * seen
+    return Sample(torch.stack(images), target, {'seed': seed, **draws.log})
 
 
-def _choose(
-    maps: Sequence[TrainingMap], settings: SynthesisSettings, generator: torch.Generator
-) -> TrainingMap:
-    heads = [m for m in maps if m.has_head]
-    brains = [m for m in maps if not m.has_head]
-    adult = chance(settings.adult_share, generator=generator)
-    pool = (heads or brains) if adult else (brains or heads)
-    return pool[int(torch.randint(len(pool), (), generator=generator))]
-
-
-def draw_anatomy(
-    source: TrainingMap,
-    /,
-    *,
-    settings: SynthesisSettings,
-    table: ClassTable,
-    generator: torch.Generator,
+def dress(
+    anatomy: Anatomy, settings: SynthesisSettings, /, *, table: ClassTable, draws: Draws
 ) -> tuple[Tensor, Tensor]:
-    """Deform a map onto the output grid, now and then mirrored with its labels swapped.
+    """Decide what lies around a brain and what of it all scans of the child show.
 
     Returns
     -------
-    classes (*size) int64 and distance to the brain (*size) float32 in mm of the output
+    classes : (*size) int32
+    visible : (*size) bool
     """
-    dim = len(settings.size)
-    scale = settings.scale_adult if source.has_head else settings.scale_infant
-    linear = random_linear(
-        dim,
-        rotation_deg=settings.rotation_deg,
-        scale=scale,
-        stretch=settings.stretch,
-        shear=settings.shear,
-        generator=generator,
-    )
-    displacement = random_displacement(
-        settings.size,
-        amplitude=settings.warp_sd / settings.spacing,
-        points=settings.warp_points,
-        generator=generator,
-    )
-    middle = torch.tensor([(s - 1) / 2 for s in settings.size]).view(-1, *[1] * dim)
-    moved = (grid(settings.size) - middle + displacement) * settings.spacing
-    centre = torch.tensor([_centre(source.distance, axis) for axis in range(dim)])
-    centre = centre + uniform(-1, 1, dim, generator=generator) * settings.translation
-    where = torch.einsum('ij,j...->i...', linear, moved) + centre.view(middle.shape)
-
-    mirrored = chance(0.5, generator=generator)
-    if mirrored:
-        where[0] = source.classes.shape[0] - 1 - where[0]
-    nearest = where.round_().long()
-    size = torch.tensor(source.classes.shape).view(middle.shape)
-    inside = ((nearest >= 0) & (nearest < size)).all(0)
-    flat = torch.zeros(settings.size, dtype=torch.long)
-    for axis, s in enumerate(source.classes.shape):
-        flat = flat * s + nearest[axis].clamp_(0, s - 1)
-    classes = torch.from_numpy(source.classes).view(-1)[flat].long() * inside
-    if mirrored:
-        classes = torch.as_tensor(table.mirror)[classes]
-    distance = torch.from_numpy(source.distance).view(-1)[flat].float()
-    distance = torch.where(inside, distance, 255.0) / linear.det().abs() ** (1 / dim)
-    return classes, distance
+    s = settings.surroundings
+    classes = anatomy.classes
+    if not anatomy.has_head:
+        classes = surroundings.add_layers(
+            classes, anatomy.distance, s, table=table, draws=draws.scope('layers')
+        )
+    head = draws.chance('head', s.head_probability)
+    if head:
+        visible = torch.ones(classes.shape, dtype=torch.bool, device=classes.device)
+        if draws.chance('defaced', s.deface_probability):
+            visible = surroundings.deface(anatomy.distance, spacing=settings.spacing, draws=draws)
+    else:
+        visible = surroundings.strip_skull(classes, anatomy.distance, s, table=table, draws=draws)
+    # Whoever keeps the skull rarely cuts the hindbrain away.
+    hindbrain = s.hindbrain_missing_probability * (0.1 if head else 1)
+    if draws.chance('hindbrain missing', hindbrain):
+        visible &= surroundings.without_hindbrain(classes, table=table, draws=draws)
+    if draws.chance('crop', s.crop_probability):
+        shape = tuple(classes.shape)
+        visible &= surroundings.slab(shape, s.crop_share, draws=draws).to(visible.device)
+    if draws.chance('occluded', s.occlusion_probability):
+        shape = tuple(classes.shape)
+        left = surroundings.occlusions(shape, most=s.occlusions, draws=draws)
+        visible &= left.to(visible.device)
+    return classes, visible
 
 
-def _centre(distance: np.ndarray, axis: int) -> float:
-    other = tuple(a for a in range(distance.ndim) if a != axis)
-    extent = (distance == 0).any(other).nonzero()[0]
-    return float(extent[0] + extent[-1]) / 2
-
-
-def _slab(size: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Field of view (*size) bool that ends before the grid does, at one side of one axis."""
-    axis = int(torch.randint(len(size), (), generator=generator))
-    position = torch.arange(size[axis]).view([-1 if i == axis else 1 for i in range(len(size))])
-    width = int(size[axis] * float(uniform(0.55, 0.9, 1, generator=generator)))
-    if chance(0.5, generator=generator):
-        position = size[axis] - 1 - position
-    return (position < width).expand(*size)
-
-
-def draw_image(
+def draw_scan(
     classes: Tensor,
     visible: Tensor,
+    anatomy: Anatomy,
+    settings: SynthesisSettings,
     /,
     *,
-    settings: SynthesisSettings,
     table: ClassTable,
-    generator: torch.Generator,
-) -> Tensor:
-    """Draw one scan (*size) in 0..1 of an anatomy, with a contrast and artefacts of its own.
+    first: bool = True,
+    draws: Draws,
+) -> tuple[Tensor, Tensor]:
+    """Draw one scan of an anatomy, with a contrast and artefacts of its own.
 
     Parameters
     ----------
-    classes : (*size) int64
-    visible : (*size) bool, what the scan shows
-    """
-    s, dim = settings, classes.ndim
-    kind = float(uniform(0, 1, 1, generator=generator))
-    if kind < s.random_contrast_probability:
-        means = contrast.random_means(table, generator=generator)
-    else:
-        weighting = None
-        if kind >= s.random_contrast_probability + s.tissue_contrast_probability:
-            names = list(contrast.WEIGHTINGS)
-            weighting = names[int(torch.randint(len(names), (), generator=generator))]
-        means = contrast.tissue_means(table, weighting=weighting, generator=generator)
-    if chance(0.7, generator=generator):
-        means[0] = 0  # Air.
-    x = contrast.render(
-        classes, means, sd=s.noise_in_class, texture=s.texture, generator=generator
-    )
-    x = x * visible
+    classes : (*size) int32
+    visible : (*size) bool, what all scans of the child show
+    first : whether labels and this scan agree exactly; others may lie a little differently
 
-    sigma = uniform(0.1, 1, 1, generator=generator) * s.blur_max / s.spacing
-    x = artefacts.blur(x, sigma * uniform(0.5, 1, dim, generator=generator))
-    if chance(s.slices_probability, generator=generator):
-        thickness = torch.ones(dim)
-        axis = int(torch.randint(dim, (), generator=generator))
-        mm = uniform(s.spacing, max(s.slices_max, s.spacing), 1, generator=generator)
-        thickness[axis] = float(mm) / s.spacing
-        x = artefacts.thick_slices(x, thickness)
-    if chance(s.misalign_probability, generator=generator):
-        x = artefacts.shift(x, uniform(-1, 1, dim, generator=generator) * s.misalign / s.spacing)
-    if chance(s.motion_probability, generator=generator):
-        moves = 1 + int(torch.randint(s.motion_moves, (), generator=generator))
-        x = artefacts.motion(x, moves=moves, shift=s.motion_shift / s.spacing, generator=generator)
-    x = artefacts.bias_field(
-        x, strength=float(uniform(0, s.bias_max, 1, generator=generator)), generator=generator
+    Returns
+    -------
+    image : (*size) in 0..1
+    view : (*size) bool, what this scan shows
+    """
+    group, spacing = settings.group, settings.spacing
+    seen = visible
+    shape = tuple(classes.shape)
+    if not first and draws.chance('own view', group.own_view_probability):
+        own = surroundings.slab(shape, settings.surroundings.crop_share, draws=draws)
+        seen = visible & own.to(visible.device)
+    shown, moved = classes, seen
+    if not first and draws.chance('misaligned', group.misalign_probability):
+        angles = group.misalign_rotation * draws.vector(
+            'misalignment, degrees', -1, 1, 1 if len(shape) == 2 else 3
+        )
+        offset = draws.vector('misalignment, mm', -1, 1, len(shape)) * group.misalign / spacing
+        shown, moved = rigid_labels([classes, seen], angles, offset)
+    inner = draws.scope('contrast')
+    contrast = draw_contrast(table, settings.contrast, age=anatomy.age, draws=inner)
+    image = render(
+        shown, contrast, settings=settings.contrast, distance=anatomy.distance, draws=inner
     )
-    x = artefacts.rician(
-        x, sd=float(uniform(0, s.noise_max, 1, generator=generator)), generator=generator
-    )
-    exponent = torch.exp(s.gamma_log_sd * torch.randn(1, generator=generator))
-    x = artefacts.gamma(x, float(exponent))
-    if not bool(visible.all()) and chance(s.masked_probability, generator=generator):
-        x = x * visible
-    return normalise(x)
+    # Negative intensities of the mixture do not exist in magnitude images.
+    image = image.clamp_min_(0).mul_(moved)
+    inner = draws.scope('acquisition')
+    scan, view = acquire(image, settings.acquisition, spacing=spacing, draws=inner)
+    if view is not None:
+        seen = seen & view.to(seen.device)
+    masked = inner.chance('masked', settings.acquisition.masked_probability)
+    if masked and not bool(moved.all()):
+        scan = scan.mul_(moved)
+    return normalise(scan), seen

@@ -5,16 +5,20 @@ cerebellar white matter, which the network merges into the cerebellum. Tables tu
 network channels and into their mirror images.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import torch
 from scipy import ndimage
 
 from babyseg_bids.errors import InputError
 from babyseg_bids.labels import MERGED, label_table
+from babyseg_bids.synthesis.deformation import integrate
 
 # Vermis (172) and white-matter hypointensities (77) have no side in the sources; here each half
 # gets a number of its own, by the nearer of these left and right neighbours.
@@ -28,13 +32,23 @@ SIDELESS = {
 # 30/62 vessels, 85 optic chiasm; 5xx and the rest are tissues around the adults' brains.
 OUTSIDE = (24, 25, 30, 57, 62, 72, 85, 136, 137, 163, 164, 502, *range(506, 517), 530)
 # Classes that are drawn around brains that come without a head.
-CSF, SKULL, MARROW, SCALP, MUSCLE = 24, 9001, 9002, 9003, 9004
-LAYERS = (SKULL, MARROW, SCALP, MUSCLE)
+CSF, SKULL, MARROW, SCALP, MUSCLE, DURA = 24, 9001, 9002, 9003, 9004, 9005
+LAYERS = (SKULL, MARROW, SCALP, MUSCLE, DURA)
 _MIRRORED_OUTSIDE = {30: 62, 25: 57, 136: 137, 163: 164}
 # A structure's component smaller than this share of the structure is a speck.
 SPECK_SHARE = 0.05
 # Width of the empty border around a brain without a head, where layers are drawn, mm.
 MARGIN = 28
+# Fissures up to this width do not count as outside of the brain's hull, mm.
+FISSURE = 12.0
+# Distances are stored in steps of half a millimetre.
+DISTANCE_STEP = 0.5
+SULCI_SPACING = 3
+# Squarings that turn a velocity into its flow; velocities are a few voxels.
+FLOW_STEPS = 4
+# Border and spacing of the grid on which a map without a shape is deformed, mm.
+OWN_BORDER = 20
+OWN_SPACING = 4.0
 _NUMBERS = 'class-numbers'
 
 
@@ -86,6 +100,46 @@ def class_table() -> ClassTable:
 
 
 @dataclass(frozen=True)
+class Template:
+    """The space in which brains are morphed into each other.
+
+    Parameters
+    ----------
+    origin : (3,), position of voxel 0, mm
+    spacing : mm
+    ventricles : (3, *size) float32, mm, velocity that widens the lateral ventricles by about a
+        millimetre on each side
+    """
+
+    origin: np.ndarray
+    spacing: float
+    ventricles: np.ndarray
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a map relates to the template.
+
+    Parameters
+    ----------
+    template : the same object for all maps
+    matrix : (4, 4), from template positions to the map's voxels, both mm
+    velocity : (3, *size) float32, mm; its flow takes template positions to where the same part
+        of this brain lies, before `matrix`
+    """
+
+    template: Template
+    matrix: np.ndarray
+    velocity: np.ndarray
+
+    @cached_property
+    def flow(self) -> np.ndarray:
+        """Displacement (D, *size) float32 of the velocity's flow, template voxels."""
+        velocity = torch.from_numpy(self.velocity) / self.template.spacing
+        return integrate(velocity, steps=FLOW_STEPS).numpy()
+
+
+@dataclass(frozen=True)
 class TrainingMap:
     """One prepared label map: 1 mm, RAS axes.
 
@@ -93,14 +147,37 @@ class TrainingMap:
     ----------
     name : file name without extension
     classes : (X, Y, Z) uint8, classes of `class_table`
-    distance : (X, Y, Z) uint8, distance to the brain in mm, 0 inside it, 255 for farther
+    distance : (X, Y, Z) int8, signed distance to the brain's hull in half millimetres, negative
+        inside, 127 for farther
     has_head : whether `classes` holds what lies around the brain
+    age : months, None if the name does not say
+    sulci : (3, *coarse) float32 on a grid of `SULCI_SPACING` mm, unit vectors that point out of
+        the brain where its surface is folded, faded out elsewhere; None for adults
+    shape : see `Shape`; None until it was estimated
     """
 
     name: str
     classes: np.ndarray
     distance: np.ndarray
     has_head: bool
+    age: float | None = None
+    sulci: np.ndarray | None = None
+    shape: Shape | None = None
+
+    @cached_property
+    def placement(self) -> Shape:
+        """The shape, or one that says nothing: the map's own space about the brain's middle."""
+        if self.shape is not None:
+            return self.shape
+        dim = self.classes.ndim
+        inside = np.argwhere(self.distance <= 0)
+        low, high = inside.min(0), inside.max(0)
+        matrix = np.eye(dim + 1)
+        matrix[:dim, dim] = (low + high) / 2
+        half = (high - low) / 2 + OWN_BORDER
+        size = [int(n) for n in np.ceil(2 * half / OWN_SPACING) + 1]
+        zero = np.zeros((dim, *size), np.float32)
+        return Shape(Template(-half.astype(np.float32), OWN_SPACING, zero), matrix, zero)
 
 
 def read_label_map(path: Path, /) -> tuple[np.ndarray, np.ndarray]:
@@ -181,13 +258,62 @@ def prepare_map(path: Path, /) -> TrainingMap:
         raise InputError(f'{path} holds none of the labels that babyseg knows.')
     margin = 2 if has_head else MARGIN
     classes = remove_specks(_crop(np.pad(classes, margin), margin), table.channel)
-    distance = ndimage.distance_transform_edt(table.channel[classes] == 0)
+    brain = table.channel[classes] > 0
+    hull = hull_distance(brain)
+    name = path.name.split('.')[0]
+    months = re.match(r'(\d+)mo$', name)
     return TrainingMap(
-        path.name.split('.')[0],
+        name,
         np.ascontiguousarray(classes),
-        np.ascontiguousarray(np.clip(np.ceil(distance), 0, 255).astype(np.uint8)),
+        np.clip(np.rint(hull / DISTANCE_STEP), -127, 127).astype(np.int8),
         has_head,
+        age=float(months[1]) if months else None,
+        sulci=None if has_head else sulcal_directions(brain, hull),
     )
+
+
+def hull_distance(brain: np.ndarray, /) -> np.ndarray:
+    """Signed distance (X, Y, Z) float32 in voxels to a brain whose fissures are filled.
+
+    The skull bridges what separates the hemispheres and what lies above the cerebellum. It is
+    smooth, so that half the resolution does; `brain` (X, Y, Z) bool, distances inside it are
+    negative.
+    """
+    padded = np.pad(brain, [(0, n % 2) for n in brain.shape])
+    x, y, z = (n // 2 for n in padded.shape)
+    coarse = padded.reshape(x, 2, y, 2, z, 2).any((1, 3, 5))
+    reach = FISSURE / 2
+    near = ndimage.distance_transform_edt(~coarse) <= reach
+    hull = (ndimage.distance_transform_edt(near) > reach) | coarse
+    outside = ndimage.distance_transform_edt(~hull)
+    inside = ndimage.distance_transform_edt(hull)
+    # Voxel centres next to the border are half a voxel away from it.
+    signed = torch.from_numpy(2 * np.where(hull, 0.5 - inside, outside - 0.5)).float()
+    fine = torch.nn.functional.interpolate(
+        signed[None, None], scale_factor=2, mode='trilinear', align_corners=False
+    )[0, 0]
+    return fine[tuple(slice(n) for n in brain.shape)].numpy()
+
+
+def sulcal_directions(brain: np.ndarray, hull: np.ndarray, /) -> np.ndarray:
+    """Vectors (3, *coarse) along which the folds of a brain get deeper or shallower.
+
+    Parameters
+    ----------
+    brain : (X, Y, Z) bool
+    hull : (X, Y, Z), signed distance to its hull, mm
+
+    Returns
+    -------
+    Outward unit vectors times the local share of sulci, 0 to 1, every `SULCI_SPACING` voxels.
+    """
+    sulci = ndimage.gaussian_filter(((hull < 0) & ~brain).astype(np.float32), 3)
+    sulci = np.minimum(sulci / max(float(sulci.max()) / 2, 1e-6), 1)
+    smooth = ndimage.gaussian_filter(hull, 4)
+    every = (slice(None, None, SULCI_SPACING),) * brain.ndim
+    out = np.stack([g[every] for g in np.gradient(smooth)])
+    out /= np.maximum(np.linalg.norm(out, axis=0), 1e-3)
+    return (out * sulci[every]).astype(np.float32)
 
 
 def _crop(classes: np.ndarray, margin: int) -> np.ndarray:
@@ -198,12 +324,27 @@ def _crop(classes: np.ndarray, margin: int) -> np.ndarray:
 def save_maps(path: Path, maps: Iterable[TrainingMap]) -> None:
     """Write prepared maps to one compressed file, which needs no image library to be read."""
     arrays = {_NUMBERS: class_table().numbers}
+    template = None
     for m in maps:
-        kind = 'head' if m.has_head else 'brain'
-        arrays[f'{m.name}/{kind}/classes'] = m.classes
-        arrays[f'{m.name}/{kind}/distance'] = m.distance
+        key = f'{m.name}/{"head" if m.has_head else "brain"}'
+        arrays[f'{key}/classes'] = m.classes
+        arrays[f'{key}/distance'] = m.distance
+        if m.age is not None:
+            arrays[f'{key}/age'] = np.array(m.age)
+        if m.sulci is not None:
+            # In steps that the eye cannot see, so that the many zeros compress.
+            arrays[f'{key}/sulci'] = np.rint(m.sulci * 100).astype(np.int8)
+        if m.shape is not None:
+            template = m.shape.template
+            arrays[f'{key}/matrix'] = m.shape.matrix
+            arrays[f'{key}/velocity'] = m.shape.velocity.astype(np.float16)
+    if template is not None:
+        for name in ('origin', 'spacing', 'ventricles'):
+            arrays[f'template/{name}'] = np.asarray(getattr(template, name), np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, **arrays)
+    temporary = path.with_name(f'{path.name}.tmp.npz')
+    np.savez_compressed(temporary, **arrays)
+    temporary.replace(path)
 
 
 def load_maps(path: Path, /, *, exclude: Sequence[str] = ()) -> list[TrainingMap]:
@@ -216,10 +357,32 @@ def load_maps(path: Path, /, *, exclude: Sequence[str] = ()) -> list[TrainingMap
         raise InputError(
             f'{path} was prepared for other classes; write it again with `babyseg-train prepare`.'
         )
+    template = None
+    if 'template/origin' in keys:
+        template = Template(
+            keys.pop('template/origin'),
+            float(keys.pop('template/spacing')),
+            keys.pop('template/ventricles'),
+        )
     maps = []
-    for key in keys:
-        name, kind, what = key.split('/')
-        if what == 'classes' and name not in exclude:
-            distance = keys[f'{name}/{kind}/distance']
-            maps.append(TrainingMap(name, keys[key], distance, kind == 'head'))
+    for key in [k.removesuffix('/classes') for k in keys if k.endswith('/classes')]:
+        name, kind = key.split('/')
+        if name in exclude:
+            continue
+        shape = None
+        if template is not None and f'{key}/matrix' in keys:
+            velocity = keys[f'{key}/velocity'].astype(np.float32)
+            shape = Shape(template, keys[f'{key}/matrix'], velocity)
+        age, sulci = keys.get(f'{key}/age'), keys.get(f'{key}/sulci')
+        maps.append(
+            TrainingMap(
+                name,
+                keys[f'{key}/classes'],
+                keys[f'{key}/distance'],
+                kind == 'head',
+                age=None if age is None else float(age),
+                sulci=None if sulci is None else sulci.astype(np.float32) / 100,
+                shape=shape,
+            )
+        )
     return maps

@@ -1,94 +1,165 @@
-"""What lies around the brain: layers of a head, stripped borders, and parts that are missing."""
+"""What lies around the brain: layers of a head, stripped borders, and parts that are missing.
+
+Classes are int32 (*size) in the map's own axes (right, anterior, superior), distances are signed
+distances to the brain's hull in mm, negative inside.
+"""
 
 import torch
 from torch import Tensor
 
-from babyseg_bids.synthesis.deformation import chance, smooth_field, uniform
-from babyseg_bids.synthesis.maps import CSF, MARROW, MUSCLE, SCALP, SKULL, ClassTable
+from babyseg_bids.synthesis.deformation import smooth_field
+from babyseg_bids.synthesis.draws import Draws
+from babyseg_bids.synthesis.maps import CSF, DURA, MARROW, MUSCLE, SCALP, SKULL, ClassTable
+from babyseg_bids.synthesis.settings import SurroundingsSettings
 
 
 def add_layers(
-    classes: Tensor, distance: Tensor, /, *, table: ClassTable, generator: torch.Generator
+    classes: Tensor,
+    distance: Tensor,
+    settings: SurroundingsSettings,
+    /,
+    *,
+    table: ClassTable,
+    draws: Draws,
 ) -> Tensor:
-    """Draw CSF rim, skull with marrow, scalp and soft tissue around a brain without a head.
-
-    Parameters
-    ----------
-    classes : (*size) int64, zero outside the brain
-    distance : (*size) float, distance to the brain, mm
+    """Put CSF rim, dura, skull with marrow, scalp and soft tissue around a brain without a head.
 
     Returns
     -------
-    (*size) int64
+    (*size) int32; where `classes` was not zero it is as before
     """
-    wobble = smooth_field(classes.shape, points=6, generator=generator)[0]
-    outside = classes == 0
-    csf, skull, marrow, scalp, muscle = table.of(CSF, SKULL, MARROW, SCALP, MUSCLE)
-    csf_end = uniform(1, 5, 1, generator=generator) * (1 + 0.4 * wobble)
-    skull_end = csf_end + uniform(1.5, 6, 1, generator=generator)
-    # The middle third of the bone is marrow.
-    third = (skull_end - csf_end) / 3
-    scalp_end = skull_end + uniform(2, 8, 1, generator=generator) * (1 + 0.4 * wobble)
-    out = classes.clone()
-    out[outside & (distance <= scalp_end)] = scalp
-    out[outside & (distance <= skull_end)] = skull
-    out[outside & (distance <= skull_end - third) & (distance > csf_end + third)] = marrow
-    out[outside & (distance <= csf_end)] = csf
-    # Below the brain comes the soft tissue of face and neck, along a random direction.
-    direction = torch.randn(classes.ndim, generator=generator, device=classes.device)
-    direction = direction / direction.norm()
-    ramp = sum(
-        direction[i]
-        * torch.linspace(-1, 1, s, device=classes.device).view(
-            [-1 if j == i else 1 for j in range(classes.ndim)]
-        )
-        for i, s in enumerate(classes.shape)
+    wobble = smooth_field(classes.shape, points=6, draws=draws)[0]
+    csf, skull, marrow, scalp, muscle, dura = table.of(CSF, SKULL, MARROW, SCALP, MUSCLE, DURA)
+    csf_end = draws.uniform('csf', *settings.csf)
+    bone = draws.uniform('skull', *settings.skull)
+    skin = draws.uniform('scalp', *settings.scalp)
+    # One uneven distance serves all layers, so that they run in parallel.
+    d = distance - wobble.mul(0.3 * csf_end)
+    out = torch.zeros_like(classes)
+    if draws.chance('body', settings.body_probability):
+        out.masked_fill_(_body(d, wobble, draws=draws), muscle)
+    inner_skull = csf_end + bone / 3
+    ends = [
+        (csf_end + bone + skin, scalp),
+        (csf_end + bone, skull),
+        (csf_end + 2 * bone / 3, marrow),
+        (inner_skull, skull),
+        (csf_end, csf),
+    ]
+    if draws.chance('dura', settings.dura_probability):
+        ends.insert(-1, (csf_end + 0.8, dura))
+    for end, label in ends:
+        out.masked_fill_(d <= end, label)
+    return torch.where(classes == 0, out, classes)
+
+
+def _body(distance: Tensor, wobble: Tensor, /, *, draws: Draws) -> Tensor:
+    """Soft tissue of face, neck and shoulders below and in front of the brain, (*size) bool."""
+    dim = distance.ndim
+    height = _ramp(distance, dim - 1)
+    front = _ramp(distance, 1)
+    face = draws.uniform('face', 0.2, 1.0)
+    start = draws.uniform('neck', -0.9, -0.1)
+    lower = height + 0.2 * wobble < start - 0.5 * (front - face).clamp_max(0.3)
+    # The neck is narrower than the shoulders, which fill the grid's lower end.
+    reach = draws.uniform('neck width', 15, 45)
+    shoulders = draws.uniform('shoulders', -1.6, -0.8)
+    return lower & ((distance < reach) | (height < shoulders))
+
+
+def _ramp(x: Tensor, axis: int) -> Tensor:
+    """From -1 to 1 along one axis, in a shape that broadcasts."""
+    n = x.shape[axis]
+    return torch.linspace(-1, 1, n, device=x.device).view(
+        [-1 if i == axis else 1 for i in range(x.ndim)]
     )
-    start = uniform(0.2, 1.2, 1, generator=generator)
-    out[(out == 0) & (ramp + 0.2 * wobble > start)] = muscle
-    return out
 
 
 def strip_skull(
-    classes: Tensor, distance: Tensor, /, *, table: ClassTable, generator: torch.Generator
+    classes: Tensor,
+    distance: Tensor,
+    settings: SurroundingsSettings,
+    /,
+    *,
+    table: ClassTable,
+    draws: Draws,
 ) -> Tensor:
-    """Mask (*size) bool of what a brain extraction leaves: the whole brain, and now and then some
-    of what lies around it, with a smooth wobble.
+    """Mask (*size) bool of what a brain extraction leaves.
+
+    Either just the labelled structures, or what lies within a smooth, wobbling border that may be
+    too tight or too loose.
     """
-    wobble = smooth_field(classes.shape, points=10, generator=generator)[0]
-    kind = uniform(0, 1, 1, generator=generator)
-    if kind < 0.4:  # The brain's own border.
-        limit = 0.5 * wobble
-    else:
-        limit = uniform(0, 6, 1, generator=generator) * (1 + 0.5 * wobble)
-    return (distance <= limit) | (table_brain(classes, table))
+    if draws.chance('exact strip', settings.exact_strip_share):
+        return brain_mask(classes, table)
+    limit = draws.uniform('strip margin', *settings.strip_margin)
+    wobble = smooth_field(classes.shape, points=draws.integer('strip points', 5, 14), draws=draws)
+    return distance <= wobble[0].mul_(settings.strip_wobble).add_(limit)
 
 
-def table_brain(classes: Tensor, table: ClassTable) -> Tensor:
+def brain_mask(classes: Tensor, table: ClassTable, /) -> Tensor:
     """Where a class belongs to one of the network's structures, (*size) bool."""
-    channel = torch.as_tensor(table.channel, device=classes.device)
-    return channel[classes] > 0
+    inside = torch.from_numpy(table.channel > 0).to(classes.device)
+    return inside.index_select(0, classes.reshape(-1)).view(classes.shape)
 
 
-def missing_parts(
-    classes: Tensor, /, *, table: ClassTable, hindbrain: float, generator: torch.Generator
-) -> Tensor:
-    """Mask (*size) bool of voxels that the scan does not show.
+def without_hindbrain(classes: Tensor, /, *, table: ClassTable, draws: Draws) -> Tensor:
+    """Mask (*size) bool of what is left when cerebellum and brainstem are cut away.
 
-    Parameters
-    ----------
-    classes : (*size) int64 in the map's own axes, the last one from inferior to superior
-    hindbrain : probability that cerebellum and brainstem were cut away
+    Now and then the upper part of the brainstem stays.
     """
-    missing = torch.zeros(classes.shape, dtype=torch.bool, device=classes.device)
-    if chance(hindbrain, generator=generator):
-        cerebellum = table.tissue('cerebellum') + table.of(15)
-        gone = torch.isin(classes, torch.tensor(cerebellum, device=classes.device))
-        stem = classes == table.of(16)[0]
-        if chance(0.3, generator=generator) and stem.any():
-            heights = stem.nonzero()[:, -1]
-            cut = uniform(float(heights.min()), float(heights.max()), 1, generator=generator)
-            below = torch.arange(classes.shape[-1], device=classes.device) < cut
-            stem = stem & below
-        missing |= gone | stem
-    return missing
+    cerebellum = table.tissue('cerebellum') + table.of(15)
+    gone = torch.isin(classes, torch.tensor(cerebellum, dtype=torch.int32, device=classes.device))
+    stem = classes == table.of(16)[0]
+    if draws.chance('stem stays', 0.3) and bool(stem.any()):
+        levels = stem.flatten(0, -2).any(0).nonzero()[:, 0]
+        cut = draws.uniform('stem cut', float(levels[0]), float(levels[-1]))
+        stem &= torch.arange(classes.shape[-1], device=classes.device) < cut
+    return ~(gone | stem)
+
+
+def slab(size: tuple[int, ...], share: tuple[float, float], /, *, draws: Draws) -> Tensor:
+    """Field of view (*size) bool that ends before the grid does, at one side of one axis."""
+    axis = draws.integer('crop axis', 0, len(size) - 1)
+    position = torch.arange(size[axis]).view([-1 if i == axis else 1 for i in range(len(size))])
+    width = round(size[axis] * draws.uniform('crop', *share))
+    if draws.chance('crop low', 0.5):
+        position = size[axis] - 1 - position
+    return (position < width).expand(*size)
+
+
+def deface(distance: Tensor, /, *, spacing: float, draws: Draws) -> Tensor:
+    """Mask (*size) bool of a head without its face: a plane in front of and below the brain."""
+    where = torch.stack(
+        [a.expand(distance.shape) for a in (_mm(distance, 1, spacing), _mm(distance, -1, spacing))]
+    )
+    tilt = draws.uniform('deface tilt', 0.3, 1.2)
+    height = where[0] - tilt * where[1]
+    inside = height[distance <= 0]
+    if not len(inside):
+        return torch.ones_like(distance, dtype=torch.bool)
+    return (height < inside.max() + draws.uniform('deface margin', 2, 15)) | (distance <= 2)
+
+
+def _mm(x: Tensor, axis: int, spacing: float) -> Tensor:
+    axis %= x.ndim
+    at = torch.arange(x.shape[axis], device=x.device) * spacing
+    return at.view([-1 if i == axis else 1 for i in range(x.ndim)])
+
+
+def occlusions(size: tuple[int, ...], /, *, most: int, draws: Draws) -> Tensor:
+    """Mask (*size) bool without some boxes or planes."""
+    left = torch.ones(size, dtype=torch.bool)
+    for i in range(draws.integer('occlusions', 1, most)):
+        inner = draws.scope(f'occlusion {i + 1}')
+        plane = inner.chance('plane', 0.5)
+        axis = inner.integer('axis', 0, len(size) - 1)
+        box = []
+        for a, n in enumerate(size):
+            if plane and a != axis:
+                box.append(slice(None))
+                continue
+            width = 1 + int((0.03 if plane else 0.3) * n * float(draws.table(1)[0]))
+            start = int(draws.table(1)[0] * (n - width))
+            box.append(slice(start, start + width))
+        left[tuple(box)] = False
+    return left

@@ -18,7 +18,7 @@ from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 from babyseg_bids.synthesis.generator import draw_sample
 from babyseg_bids.synthesis.losses import dice_cross_entropy, hard_dice
 from babyseg_bids.synthesis.maps import TrainingMap, class_table
-from babyseg_bids.synthesis.settings import SynthesisSettings
+from babyseg_bids.synthesis.settings import SynthesisSettings, load_settings
 
 # Children that are never trained on; their maps measure the result (see the model card).
 HELD_OUT = ('03mo', '08mo', '24mo')
@@ -73,7 +73,7 @@ class TrainingPlan:
 
     stages: tuple[Stage, ...]
     network: NetworkConfig = DEFAULT_NETWORK
-    synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
+    synthesis: SynthesisSettings = field(default_factory=load_settings)
     seed: int = 0
     rate: float = 1.5e-3
     warmup: int = 100

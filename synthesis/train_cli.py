@@ -1,6 +1,7 @@
 """`babyseg-train`: prepare label maps, train on them, and export weights."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ DEFAULT_STAGES = (
     '2.0:64x80x64:1500:2',
     '1.5:80x96x80:800:1',
 )
+_SETTINGS = 'preset of the synthesis, or TOML file (see `babyseg-synth settings`)'
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,6 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument('label_maps', nargs='+', type=Path, help='1 mm label maps (NIfTI)')
     prepare.add_argument('--out', type=Path, required=True, help='file to write (.npz)')
+    prepare.add_argument(
+        '--no-morphing',
+        action='store_true',
+        help='do not estimate how the brains turn into each other (saves some minutes)',
+    )
+    prepare.add_argument('--threads', type=int, default=2, help='default: 2')
 
     fit = commands.add_parser('fit', help='train; continues where an earlier call stopped')
     fit.add_argument('maps', type=Path, help='file that `prepare` wrote')
@@ -52,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     fit.add_argument('--workers', type=int, default=1, help='that draw images (default: 1)')
     fit.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
     fit.add_argument('--seed', type=int, default=0)
+    fit.add_argument('--settings', default='default', metavar='NAME|FILE', help=_SETTINGS)
     fit.add_argument(
         '--include-held-out', action='store_true', help='train on the held-out children too'
     )
@@ -64,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument('--samples', type=int, default=20, help='of each child (default: 20)')
     evaluate.add_argument('--scans', type=int, default=1, choices=(1, 2, 3, 4))
     evaluate.add_argument('--seed', type=int, default=0)
+    evaluate.add_argument('--settings', default='default', metavar='NAME|FILE', help=_SETTINGS)
     evaluate.add_argument('--one-side', action='store_true', help='without the mirrored pass')
     evaluate.add_argument('--out', type=Path, help='table to write (.tsv)')
 
@@ -99,12 +109,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> None:
+    import torch
+
     from babyseg_bids.synthesis.maps import prepare_map, save_maps
+    from babyseg_bids.synthesis.morphing import estimate_shapes
+    from babyseg_bids.synthesis.train import HELD_OUT
 
     prepared = []
     for path in args.label_maps:
         prepared.append(prepare_map(path))
         print(f'{path.name}: {prepared[-1].classes.shape}', flush=True)
+    if not args.no_morphing:
+        torch.set_num_threads(args.threads)
+        logging.basicConfig(level=logging.INFO, format='%(message)s')
+        prepared = estimate_shapes(prepared, held_out=HELD_OUT)
     save_maps(args.out, prepared)
 
 
@@ -112,10 +130,11 @@ def _fit(args: argparse.Namespace) -> None:
     import torch
 
     from babyseg_bids.synthesis.maps import load_maps
+    from babyseg_bids.synthesis.settings import load_settings
     from babyseg_bids.synthesis.train import HELD_OUT, Stage, Trainer, TrainingPlan
 
     stages = tuple(Stage.parse(s) for s in args.stage or DEFAULT_STAGES)
-    plan = TrainingPlan(stages, seed=args.seed)
+    plan = TrainingPlan(stages, seed=args.seed, synthesis=load_settings(args.settings))
     maps = load_maps(args.maps, exclude=() if args.include_held_out else HELD_OUT)
     torch.set_num_threads(args.threads)
     trainer = Trainer(plan, args.out, device=args.device)
@@ -127,18 +146,22 @@ def _evaluate(args: argparse.Namespace) -> None:
     from babyseg_bids.network.weights import load_model
     from babyseg_bids.synthesis.evaluate import evaluate, summarise
     from babyseg_bids.synthesis.maps import load_maps
+    from babyseg_bids.synthesis.settings import load_settings
     from babyseg_bids.synthesis.train import HELD_OUT
 
-    maps = [m for m in load_maps(args.maps) if m.name in HELD_OUT]
+    everyone = load_maps(args.maps)
+    maps = [m for m in everyone if m.name in HELD_OUT]
     if not maps:
         raise InputError(f'{args.maps} holds none of the held-out maps {", ".join(HELD_OUT)}.')
     model = load_model(args.model)
     dice = evaluate(
         model,
         maps,
+        donors=[m for m in everyone if m.has_head],
         samples=args.samples,
         scans=args.scans,
         seed=args.seed,
+        settings=load_settings(args.settings),
         both_sides=not args.one_side,
     )
     print(summarise(dice).to_string())

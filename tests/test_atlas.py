@@ -10,16 +10,9 @@ from scipy import ndimage
 from babyseg_bids.errors import InputError
 from babyseg_bids.labels import label_table
 from babyseg_bids.synthesis import atlas as atlas_module
+from babyseg_bids.synthesis.affine import fit_affine, log_scale, mean_centroids
 from babyseg_bids.synthesis.atlas import Atlas, load_atlas, main, sample_label_map
-from babyseg_bids.synthesis.atlas_build import (
-    MIN_CHILDREN,
-    age_weights,
-    build,
-    fit_affine,
-    local_line,
-    log_scale,
-    mean_centroids,
-)
+from babyseg_bids.synthesis.atlas_build import MIN_CHILDREN, age_weights, build, local_line
 
 LARGE = (2, 3, 8, 41, 42, 47, 16, 10, 49)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 
 from babyseg_bids.discovery import find_sessions
 from babyseg_bids.labels import label_table
 from babyseg_bids.synthesis import example
+from babyseg_bids.synthesis.draws import Draws
 from babyseg_bids.synthesis.example import VISITS, class_means, main, scan_grid
 from babyseg_bids.synthesis.maps import class_table
 
@@ -132,7 +132,7 @@ def test_t2w_contrast_is_the_inverse_of_t1w_contrast(age: float, sign: int) -> N
     table = class_table()
     difference = {}
     for suffix in ('T1w', 'T2w'):
-        means = class_means(table, age, suffix, generator=torch.Generator().manual_seed(0))
+        means = class_means(table, age, suffix, draws=Draws(0))
         white, cortex = means[table.of(*WHITE)], means[table.of(*CORTEX)]
         assert white[0] == white[1], 'both sides look alike'
         difference[suffix] = float(white[0] - cortex[0])

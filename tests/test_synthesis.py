@@ -1,45 +1,41 @@
-from dataclasses import replace
+"""The generator as a whole, its settings, its files and its command."""
+
+import json
+import tomllib
+from dataclasses import fields, replace
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from synthesis_phantoms import SETTINGS_2D, SETTINGS_3D, TABLE, phantom, quiet
 
 from babyseg_bids.errors import InputError, UsageError
 from babyseg_bids.labels import label_table
-from babyseg_bids.synthesis import artefacts, contrast, deformation, maps, surroundings
+from babyseg_bids.synthesis import maps
 from babyseg_bids.synthesis.cli import main as synth_main
-from babyseg_bids.synthesis.generator import draw_anatomy, draw_sample
-from babyseg_bids.synthesis.settings import SynthesisSettings
+from babyseg_bids.synthesis.draws import Draws
+from babyseg_bids.synthesis.gallery import one_by_one
+from babyseg_bids.synthesis.generator import draw_sample
+from babyseg_bids.synthesis.settings import (
+    SECTIONS,
+    AcquisitionSettings,
+    SynthesisSettings,
+    load_settings,
+    preset_names,
+    to_toml,
+    update,
+)
 
-TABLE = maps.class_table()
-SETTINGS_2D = SynthesisSettings(size=(48, 56))
-SETTINGS_3D = SynthesisSettings(size=(24, 24, 24), spacing=4.0)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def phantom(dim=2, side=90):
-    """White matter inside cortex on both sides, with a ventricle on the left."""
-    axes = np.meshgrid(*[np.arange(side) - (side - 1) / 2] * dim, indexing='ij')
-    radius = np.sqrt(sum(a**2 for a in axes))
-    left = axes[0] < 0
-    numbers = np.where(radius < 32, np.where(left, 3, 42), 0)
-    numbers = np.where(radius < 24, np.where(left, 2, 41), numbers)
-    numbers = np.where((radius < 8) & left, 4, numbers)
-    lut = np.zeros(10_000, np.uint8)
-    lut[TABLE.numbers] = np.arange(len(TABLE))
-    distance = np.clip(np.ceil(radius - 32), 0, 255).astype(np.uint8)
-    return maps.TrainingMap('phantom', lut[numbers], distance, False)
-
-
-def test_every_class_leads_to_a_label_and_mirrors_twice_to_itself():
-    assert TABLE.channel.max() == len(label_table()) - 1
-    np.testing.assert_array_equal(TABLE.mirror[TABLE.mirror], np.arange(len(TABLE)))
-    mirrored = label_table().mirror_channels[TABLE.channel]
-    np.testing.assert_array_equal(TABLE.channel[TABLE.mirror], mirrored)
+# What moves or hides anatomy may change the labels; everything else must not.
+MOVES_LABELS = {
+    'anatomy',
+    'surroundings: crop',
+    'surroundings: occlusion',
+    'surroundings: hindbrain_missing',
+    'surroundings: sloppy strip',
+    'acquisition: wrap',
+}
 
 
 def test_finer_source_labels_count_as_the_structure_they_belong_to():
@@ -48,10 +44,15 @@ def test_finer_source_labels_count_as_the_structure_they_belong_to():
         assert indices[TABLE.channel[TABLE.of(source)[0]]] == target
 
 
+# Samples.
+
+
 @pytest.mark.parametrize('settings', [SETTINGS_2D, SETTINGS_3D])
-def test_a_sample_has_images_in_range_and_labels_of_its_map(settings):
+@pytest.mark.parametrize('preset', preset_names())
+def test_a_sample_has_images_in_range_and_labels_of_its_map(settings, preset):
+    settings = replace(load_settings(preset), size=settings.size, spacing=settings.spacing)
     source = phantom(len(settings.size))
-    for seed in range(8):
+    for seed in range(6):
         sample = draw_sample([source], seed=seed, settings=settings)
         assert sample.images.shape[1:] == sample.target.shape == settings.size
         assert sample.images.isfinite().all()
@@ -61,180 +62,171 @@ def test_a_sample_has_images_in_range_and_labels_of_its_map(settings):
         assert present <= {0, 2, 3, 4, 41, 42, 43}
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_another_sample():
-    a, b, c = (draw_sample([phantom()], seed=s, settings=SETTINGS_2D) for s in (5, 5, 6))
-    assert torch.equal(a.images, b.images) and torch.equal(a.target, b.target)
-    assert a.record == b.record
-    assert not torch.equal(a.target, c.target)
-
-
-def test_left_labels_stay_left_whether_or_not_the_map_is_mirrored():
-    settings = replace(SETTINGS_2D, rotation_deg=0, warp_sd=0, translation=0, shear=0)
-    ventricle_sides = set()
-    for seed in range(12):
-        classes, _ = draw_anatomy(
-            phantom(), settings=settings, table=TABLE, generator=generator(seed)
+@pytest.mark.parametrize('settings', [SETTINGS_2D, SETTINGS_3D])
+def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(settings):
+    source = phantom(len(settings.size))
+    for seed in range(4):
+        a, b, c = (
+            draw_sample([source], seed=s, settings=settings) for s in (seed, seed, seed + 9)
         )
-        numbers = label_table().indices[TABLE.channel[classes.numpy()]]
-        x = np.arange(numbers.shape[0])[:, None] - (numbers.shape[0] - 1) / 2
-        assert (np.broadcast_to(x, numbers.shape)[np.isin(numbers, (2, 3, 4))] < 0.6).all()
-        assert (np.broadcast_to(x, numbers.shape)[np.isin(numbers, (41, 42, 43))] > -0.6).all()
-        ventricle_sides |= set(numbers[np.isin(numbers, (4, 43))].tolist())
-    assert ventricle_sides == {4, 43}
+        assert torch.equal(a.images, b.images) and torch.equal(a.target, b.target)
+        assert a.record == b.record
+        assert a.images.shape != c.images.shape or not torch.equal(a.images, c.images)
 
 
-@pytest.mark.parametrize('size', [(64, 48), (32, 40, 32)])
-def test_warps_are_invertible_and_do_not_fold(size):
-    velocity = 1.5 * deformation.smooth_field(
-        size, points=4, channels=len(size), generator=generator()
+def test_a_record_survives_json_and_draws_its_sample_again():
+    settings = replace(SETTINGS_2D, group_shares=(0.0, 0.0, 1.0))
+    sample = draw_sample([phantom()], seed=11, settings=settings)
+    record = json.loads(json.dumps(sample.record))
+    again = draw_sample([phantom()], seed=record['seed'], settings=settings)
+    assert torch.equal(again.images, sample.images)
+    assert record['scans'] == 3 and 'contrast' in record['scan 3']['contrast']
+    assert record['anatomy']['map'] == 'phantom'
+
+
+def test_two_axes_of_a_map_with_three_are_a_slice():
+    flat = quiet(replace(SETTINGS_2D, size=(80, 80), spacing=1.0))
+    whole = quiet(replace(SETTINGS_3D, size=(80, 80, 81), spacing=1.0))
+    a, b = (draw_sample([phantom(3, 91)], seed=0, settings=s) for s in (flat, whole))
+    assert torch.equal(a.target, b.target[:, :, 40])
+    with pytest.raises(UsageError, match='only 2 axes'):
+        draw_sample([phantom()], seed=0, settings=SETTINGS_3D)
+
+
+def test_scopes_do_not_disturb_each_other():
+    """An artefact more or less changes neither the anatomy nor the other scans."""
+    always = replace(AcquisitionSettings(), motion_probability=1.0)
+    settings = replace(SETTINGS_2D, group_shares=(0.0, 1.0))
+    a = draw_sample([phantom()], seed=2, settings=settings)
+    b = draw_sample([phantom()], seed=2, settings=replace(settings, acquisition=always))
+    assert a.record['anatomy'] == b.record['anatomy']
+    assert a.record['scan 1']['contrast'] == b.record['scan 1']['contrast']
+    one, two = Draws(1).scope('a'), Draws(1).scope('b')
+    assert one.uniform('x', 0, 1) != two.uniform('x', 0, 1)
+    assert Draws(1).scope('a').noise(3).tolist() == Draws(1).scope('a').noise(3).tolist()
+
+
+def test_each_thing_that_may_happen_changes_the_image_and_only_some_the_labels():
+    settings = replace(SETTINGS_3D, size=(40, 44, 40), spacing=2.0)
+    shown = dict(one_by_one(settings))
+    source = phantom(3)
+    seeds = range(5)
+    start = [draw_sample([source], seed=s, settings=shown['nothing']) for s in seeds]
+    # One phantom has no partners to be mixed with, no donors, folds or ventricle fields.
+    needs_more = {'anatomy: morph', 'surroundings: donor', 'anatomy: sulci', 'anatomy: ventricles'}
+    assert needs_more < shown.keys()
+    for name in shown.keys() - needs_more - {'nothing'}:
+        drawn = [draw_sample([source], seed=s, settings=shown[name]) for s in seeds]
+        pairs = list(zip(start, drawn, strict=True))
+        assert any(not torch.equal(a.images, b.images) for a, b in pairs), name
+        same = all(torch.equal(a.target, b.target) for a, b in pairs)
+        if name not in MOVES_LABELS and not name.startswith('anatomy'):
+            assert same, name
+
+
+def test_what_no_scan_shows_has_no_label():
+    settings = quiet(
+        replace(SETTINGS_2D, size=(80, 80), spacing=1.0),
+        surroundings__crop_probability=1.0,
+        acquisition__masked_probability=1.0,
     )
-    there = deformation.integrate(velocity)
-    back = deformation.integrate(-velocity)
-    identity = deformation.grid(size)
-    round_trip = there + deformation.sample_field(back, identity + there)
-    inner = (slice(None), *[slice(8, -8)] * len(size))
-    assert round_trip[inner].abs().max() < 0.1
-    moved = (identity + there).numpy()
-    jacobian = np.stack([np.stack(np.gradient(m), -1) for m in moved], -2)
-    assert (np.linalg.det(jacobian) > 0).all()
+    for seed in range(4):
+        sample = draw_sample([phantom()], seed=seed, settings=settings)
+        whole = draw_sample(
+            [phantom()],
+            seed=seed,
+            settings=quiet(replace(SETTINGS_2D, size=(80, 80), spacing=1.0)),
+        )
+        hidden = (whole.target > 0) & (sample.target == 0)
+        assert hidden.any() and (sample.images[0][hidden] == 0).all()
 
 
-def test_rotations_keep_lengths():
-    for n in (1, 3):
-        matrix = deformation.rotation(torch.rand(n))
-        torch.testing.assert_close(matrix @ matrix.T, torch.eye(len(matrix)))
-        assert matrix.det() > 0
-
-
-def test_mixture_has_the_means_that_were_asked_for():
-    classes = torch.arange(3).repeat_interleave(10_000).view(3, 100, 100)
-    means = torch.tensor([0.1, 0.5, 0.9])
-    image = contrast.render(classes, means, sd=0.05, texture=0, generator=generator())
-    torch.testing.assert_close(image.mean((1, 2)), means, atol=0.003, rtol=0)
-    assert (image.std((1, 2)) <= 0.051).all()
-
-
-@pytest.mark.parametrize('weighting', contrast.WEIGHTINGS)
-def test_weightings_order_the_tissues_as_named(weighting):
-    draws = torch.stack(
-        [
-            contrast.tissue_means(TABLE, weighting=weighting, generator=generator(s))
-            for s in range(40)
-        ]
-    ).mean(0)
-    white, grey, fluid = (draws[TABLE.of(n)[0]] for n in (2, 3, 4))
-    if weighting == 'adult T1':
-        assert white > grey > fluid
-    elif weighting.endswith('T2'):
-        assert fluid > grey and fluid > white
-        assert (white > grey) == (weighting == 'newborn T2')
-    else:
-        assert fluid < min(white, grey)
-
-
-def test_sides_have_the_same_intensity_most_of_the_time():
-    same = [
-        torch.equal(m[TABLE.of(2)], m[TABLE.of(41)])
-        for m in (contrast.random_means(TABLE, generator=generator(s)) for s in range(60))
-    ]
-    assert 45 <= sum(same) < 60
-
-
-def test_blur_has_the_asked_for_width_and_keeps_the_sum():
-    x = torch.zeros(41, 41)
-    x[20, 20] = 1
-    y = artefacts.blur(x, torch.tensor([2.0, 0.0]))
-    assert y.sum() == pytest.approx(1, abs=1e-4)
-    position = torch.arange(41) - 20.0
-    assert (y.sum(1) * position**2).sum().sqrt() == pytest.approx(2, abs=0.1)
-    assert y[:, 20].sum() == pytest.approx(1, abs=1e-4)
-
-
-def test_thick_slices_smooth_along_their_axis_only():
-    x = torch.rand(24, 24, generator=generator())
-    y = artefacts.thick_slices(x, torch.tensor([3.0, 1.0]))
-    assert y.shape == x.shape
-    assert y.diff(dim=0).abs().mean() < 0.5 * x.diff(dim=0).abs().mean()
-    assert torch.equal(artefacts.thick_slices(x, torch.ones(2)), x)
-
-
-def test_rician_noise_has_rayleigh_background():
-    y = artefacts.rician(torch.zeros(300, 300), sd=0.1, generator=generator())
-    assert y.mean() == pytest.approx(0.1 * np.sqrt(np.pi / 2), rel=0.02)
-
-
-def test_motion_changes_the_image_but_leaves_the_object_in_place():
-    x = torch.zeros(64, 64)
-    x[20:44, 24:40] = 1
-    y = artefacts.motion(x, moves=3, shift=4, generator=generator())
-    assert (y - x).abs().mean() > 0.005
-    assert y[20:44, 24:40].mean() > 3 * y[:, :12].mean()
-    torch.testing.assert_close(
-        artefacts.motion(x, moves=3, shift=0, generator=generator()), x, atol=1e-5, rtol=0
+def test_further_scans_may_lie_a_little_differently():
+    settings = quiet(
+        replace(SETTINGS_2D, size=(80, 80), spacing=1.0),
+        group__misalign_probability=1.0,
+        group__misalign=6.0,
+        contrast__shares=(0.0, 0.0, 1.0, 0.0),
     )
+    settings = replace(settings, group_shares=(0.0, 1.0))
+    sample = draw_sample([phantom()], seed=5, settings=settings)
+    offset = sample.record['scan 2']['misalignment, mm']
+    assert 'misalignment, mm' not in sample.record['scan 1'] and len(offset) == 2
+    edges = [(i.diff(dim=0).abs()[:, :-1] + i.diff(dim=1).abs()[:-1]) > 0.1 for i in sample.images]
+    assert (edges[0] ^ edges[1]).sum() > 0.2 * edges[0].sum()
 
 
-def test_shift_moves_by_the_asked_for_voxels():
-    x = torch.zeros(9, 9)
-    x[4, 4] = 1
-    y = artefacts.shift(x, torch.tensor([0.0, -2.0]))
-    assert y[4, 6] == pytest.approx(1, abs=1e-4)
+# Settings.
 
 
-def test_gamma_and_bias_keep_shape_and_sign():
-    x = torch.rand(12, 12, generator=generator())
-    torch.testing.assert_close(artefacts.gamma(x, 1.0).max(), torch.tensor(1.0))
-    y = artefacts.bias_field(x, strength=0.3, generator=generator())
-    assert (y >= 0).all() and not torch.equal(x, y)
-    assert torch.equal(artefacts.bias_field(x, strength=0, generator=generator()), x)
-
-
-def test_layers_surround_the_brain_from_inside_out():
-    source = phantom()
-    classes = torch.from_numpy(source.classes).long()
-    distance = torch.from_numpy(source.distance).float()
-    out = surroundings.add_layers(classes, distance, table=TABLE, generator=generator())
-    brain = classes > 0
-    assert torch.equal(out[brain], classes[brain])
-    depth = [distance[out == c].mean() for c in TABLE.of(maps.CSF, maps.SKULL, maps.SCALP)]
-    assert depth[0] < depth[1] < depth[2]
-
-
-def test_a_stripped_scan_keeps_the_whole_brain():
-    source = phantom()
-    classes = torch.from_numpy(source.classes).long()
-    distance = torch.from_numpy(source.distance).float()
-    for seed in range(5):
-        mask = surroundings.strip_skull(classes, distance, table=TABLE, generator=generator(seed))
-        assert mask[classes > 0].all()
-        assert not mask.all()
-
-
-def test_a_hindbrain_that_was_cut_away_is_missing_as_a_whole():
-    cerebellum, stem, cortex = TABLE.of(8, 16, 3)
-    classes = torch.full((10, 10), cortex)
-    classes[:4, :4], classes[5:, :4] = cerebellum, stem
-    missing = surroundings.missing_parts(
-        classes, table=TABLE, hindbrain=1.0, generator=generator()
-    )
-    assert missing[classes == cerebellum].all()
-    assert not missing[classes == cortex].any()
-    none = surroundings.missing_parts(classes, table=TABLE, hindbrain=0.0, generator=generator())
-    assert not none.any()
+@pytest.mark.parametrize('preset', preset_names())
+def test_presets_are_read_and_written_with_every_setting(preset):
+    settings = load_settings(preset)
+    assert update(SynthesisSettings(), tomllib.loads(to_toml(settings))) == settings
+    assert (settings == SynthesisSettings()) == (preset == 'default')
 
 
 @pytest.mark.parametrize(
-    'wrong',
+    ('text', 'message'),
     [
-        {'crop_probability': 1.5},
-        {'spacing': 0.0},
-        {'group_shares': (0.5, 0.1)},
-        {'scale_infant': (1.2, 0.8)},
+        (
+            '[acquisition]\nnoise = [0.1, 3]',
+            r'acquisition\.noise .* two rising numbers from 0 to 1',
+        ),
+        ('[acquisition]\nnoise = [0.3, 0.1]', r'acquisition\.noise .* two rising numbers'),
+        ('[acquisition]\nnoise = "much"', r'acquisition\.noise'),
+        (
+            '[acquisition]\nmotion_moves = 2.5',
+            r'motion_moves is 2\.5; give a whole number from 1 to',
+        ),
+        ('[acquisition]\nmotion_probability = true', 'motion_probability is True; give a number'),
+        (
+            '[surroundings]\ncrop_probability = 1.5',
+            r'surroundings\.crop_probability .* from 0 to 1',
+        ),
+        ('[contrast]\nshares = [1.0]', r'contrast\.shares .* 4 numbers'),
+        ('[anatomy]\nrotation = 3', r'anatomy\.rotation is no setting; did you mean'),
+        ('[moon]\nx = 1', 'moon is no setting; known are'),
+        ('anatomy = 3', 'anatomy is 3; it is a section'),
+        ('spacing = 0.0', r'spacing is 0\.0'),
+        ('size = [64]', 'size is'),
+        ('group_shares = [0.5, 0.1]', 'group_shares'),
     ],
 )
-def test_settings_out_of_range_are_named(wrong):
-    with pytest.raises(UsageError, match=next(iter(wrong))):
-        SynthesisSettings(**wrong)
+def test_wrong_settings_are_named_with_what_is_allowed(tmp_path, text, message):
+    path = tmp_path / 'mine.toml'
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message) as error:
+        load_settings(path)
+    assert 'mine.toml' in str(error.value)
+
+
+def test_a_lab_adds_its_own_scanner_on_top_of_a_preset(tmp_path):
+    path = tmp_path / 'ours.toml'
+    path.write_text('base = "clinical"\n[acquisition]\nslices = [4.0, 4.5]\n')
+    settings = load_settings(path)
+    clinical = load_settings('clinical')
+    assert settings.acquisition.slices == (4.0, 4.5)
+    assert settings.acquisition.gap == clinical.acquisition.gap
+    assert settings.group == clinical.group
+
+
+def test_missing_and_broken_settings_files_are_named(tmp_path):
+    with pytest.raises(InputError, match=r'no settings file .* default'):
+        load_settings('lunar')
+    path = tmp_path / 'broken.toml'
+    path.write_text('this is not TOML')
+    with pytest.raises(InputError, match=r'broken\.toml is not a TOML file'):
+        load_settings(path)
+
+
+def test_every_setting_says_what_it_means():
+    for kind in SECTIONS.values():
+        for f in fields(kind):
+            assert f.metadata['text'] and f.metadata['low'] < f.metadata['high']
+
+
+# Prepared maps.
 
 
 @pytest.fixture
@@ -253,7 +245,11 @@ def test_preparing_a_map_splits_the_vermis_and_removes_specks(source_map):
     prepared = maps.prepare_map(source_map)
     assert not prepared.has_head
     channel = TABLE.channel[prepared.classes]
-    assert (prepared.distance == 0).sum() == (channel > 0).sum() == 24 * 28 * 24
+    assert (channel > 0).sum() == 24 * 28 * 24
+    # The hull is a little larger than the brain, and negative inside.
+    assert (prepared.distance[channel > 0] < 0).mean() > 0.95
+    assert 0.9 < (prepared.distance < 0).sum() / (channel > 0).sum() < 1.3
+    assert prepared.sulci.shape[0] == 3 and prepared.shape is None and prepared.age is None
     numbers = TABLE.numbers[prepared.classes]
     assert (numbers == maps.VERMIS_LEFT).sum() == (numbers == maps.VERMIS_RIGHT).sum() == 8
     x = np.arange(numbers.shape[0])[:, None, None] + np.zeros(numbers.shape)
@@ -264,9 +260,16 @@ def test_preparing_a_map_splits_the_vermis_and_removes_specks(source_map):
 def test_prepared_maps_survive_the_file_and_can_be_left_out(source_map, tmp_path):
     prepared = maps.prepare_map(source_map)
     path = tmp_path / 'maps.npz'
+    template = maps.Template(np.zeros(3, np.float32), 4.0, np.zeros((3, 5, 6, 7), np.float32))
+    velocity = np.full((3, 5, 6, 7), 0.5, np.float32)
+    prepared = replace(prepared, age=5.0, shape=maps.Shape(template, np.eye(4), velocity))
     maps.save_maps(path, [prepared])
     (loaded,) = maps.load_maps(path)
     np.testing.assert_array_equal(loaded.classes, prepared.classes)
+    np.testing.assert_array_equal(loaded.distance, prepared.distance)
+    np.testing.assert_allclose(loaded.sulci, prepared.sulci, atol=0.006)
+    np.testing.assert_array_equal(loaded.shape.velocity, velocity)
+    assert loaded.age == 5.0 and loaded.shape.template.spacing == 4.0
     assert loaded.name == 'child'
     assert maps.load_maps(path, exclude=['child']) == []
     with pytest.raises(InputError, match=r'none\.npz does not exist'):
@@ -284,15 +287,47 @@ def test_unreadable_or_coarse_maps_are_refused(tmp_path):
         maps.prepare_map(coarse)
 
 
-def test_the_command_writes_samples_and_a_gallery(source_map, tmp_path):
+# The command.
+
+
+@pytest.fixture
+def maps_file(source_map, tmp_path):
     path = tmp_path / 'maps.npz'
     maps.save_maps(path, [maps.prepare_map(source_map)])
-    size = ['--size', '24', '24', '24', '--spacing', '3']
-    assert synth_main(['sample', str(path), '--out', str(tmp_path / 's'), *size]) == 0
-    labels = nib.load(tmp_path / 's' / 'sample-0_dseg.nii.gz')
-    assert labels.shape == (24, 24, 24)
-    picture = tmp_path / 'g.png'
-    arguments = ['gallery', str(path), '--out', str(picture), '--count', '3', *size]
-    assert synth_main(arguments) == 0
-    assert picture.stat().st_size > 10_000
-    assert synth_main(['sample', str(tmp_path / 'no.npz'), '--out', str(tmp_path)]) == 1
+    return str(path)
+
+
+SMALL = ['--size', '24', '24', '24', '--spacing', '3']
+
+
+def test_the_command_writes_samples(maps_file, tmp_path):
+    out = tmp_path / 's'
+    assert synth_main(['sample', maps_file, '--out', str(out), '--count', '2', *SMALL]) == 0
+    labels = nib.load(out / 'sample-1_dseg.nii.gz')
+    image = nib.load(out / 'sample-1_scan-1.nii.gz')
+    assert labels.shape == image.shape == (24, 24, 24)
+    np.testing.assert_allclose(labels.affine @ [11.5, 11.5, 11.5, 1], [0, 0, 0, 1])
+    assert set(np.unique(labels.dataobj)) <= set(label_table().indices.tolist())
+    assert json.loads((out / 'sample-1.json').read_text())['seed'] == 1
+
+
+def test_the_command_writes_galleries_that_need_no_other_file(maps_file, tmp_path):
+    for name, extra in (('a', ['--count', '3']), ('b', ['--by-setting'])):
+        page = tmp_path / f'{name}.html'
+        assert synth_main(['gallery', maps_file, '--out', str(page), *extra, *SMALL]) == 0
+        text = page.read_text()
+        assert text.count('data:image/png') >= 3
+        assert 'http' not in text
+    assert 'acquisition: zipper' in text
+    flat = tmp_path / 'flat.html'
+    assert synth_main(['gallery', maps_file, '--out', str(flat), '--size', '24', '24']) == 0
+
+
+def test_the_command_prints_settings_and_names_what_is_wrong(maps_file, tmp_path, capsys):
+    assert synth_main(['settings', '--settings', 'newborn']) == 0
+    assert tomllib.loads(capsys.readouterr().out)['anatomy']['adult_share'] == 0.1
+    out = ['--out', str(tmp_path / 'x')]
+    assert synth_main(['sample', str(tmp_path / 'no.npz'), *out]) == 1
+    assert synth_main(['sample', maps_file, *out, '--settings', 'lunar']) == 1
+    assert 'lunar is no settings file' in capsys.readouterr().err
+    assert synth_main(['sample', maps_file, *out, '--count', '0']) == 2

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from test_synthesis import phantom
+from synthesis_phantoms import phantom
 
 from babyseg_bids.errors import InputError, UsageError
 from babyseg_bids.network import load_model

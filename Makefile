@@ -25,7 +25,8 @@ torch_pin := $(patsubst torch==%,%,$(shell grep '^torch==' requirements/lock.txt
 # The modules that know nothing of Nipype and torch; types are checked there.
 typed := $(addprefix babyseg_bids/,$(addsuffix .py, \
     errors files labels longitudinal messages morphometry records resources settings \
-    tables)) $(wildcard $(addprefix babyseg_bids/, age*.py discovery*.py preflight*.py qc*.py))
+    shares slurm tables wrapper)) \
+    $(wildcard $(addprefix babyseg_bids/, age*.py discovery*.py preflight*.py qc*.py))
 sources := babyseg_bids workflows synthesis tests benchmarks
 
 .PHONY: help demo run test lint format docs lock clean clean-all install

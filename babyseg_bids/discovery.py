@@ -20,6 +20,7 @@ from babyseg_bids.errors import NoInputError, UsageError
 from babyseg_bids.files import file_problem, natural_key
 from babyseg_bids.preflight import ImageCheck, check_image
 from babyseg_bids.records import Age, Flag, LedgerRow, Scan, SessionInputs
+from babyseg_bids.shares import ArrayTask, count_sessions, share
 from babyseg_bids.tables import read_json
 
 _log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def find_sessions(
     reference: str | None = None,
     ages: AgeOverrides | None = None,
     database_dir: Path | None = None,
+    task: ArrayTask | None = None,
     check_images: bool = True,
 ) -> list[SessionInputs]:
     """Find what there is to segment.
@@ -77,6 +79,8 @@ def find_sessions(
         What `parse_age_option` made of `--age-months`.
     database_dir : Path, optional
         PyBIDS index to use or to create.
+    task : ArrayTask, optional
+        Only the share of this task of a job array; no other subject is looked at.
     check_images : bool
         Read every candidate. Without it names alone decide, which is quick and may accept images
         that cannot be read.
@@ -85,7 +89,8 @@ def find_sessions(
     -------
     list of SessionInputs
         In natural order. A session without any usable image is there too, with `scans=()`, and so
-        is a requested participant who has none, with a flag `no-images`.
+        is a requested participant who has none, with a flag `no-images`. The share of a task may
+        be empty.
 
     Raises
     ------
@@ -104,12 +109,20 @@ def find_sessions(
     if groups := unknown_groups(filters):
         _log.info('Filters that concern no anatomical image: %s', ', '.join(groups))
 
-    files = list_anat_files(bids_dir, participants, database_dir=database_dir)
+    subjects = participants
+    if task is not None:
+        subjects = _share(bids_dir, task, participants, sessions)
+        if not subjects:
+            return []
+        participants = tuple(p for p in participants if p in subjects)
+    files = list_anat_files(bids_dir, subjects, database_dir=database_dir)
     grouped = _group(files, wanted_contrasts)
     chosen = {key: found for key, found in grouped.items() if not sessions or key[1] in sessions}
-    if not chosen:
-        raise NoInputError(_nothing_found(bids_dir, participants, sessions, grouped))
-    _warn_unmatched(bids_dir, sessions, chosen, ages)
+    # What one task does not find, another one may.
+    if task is None:
+        if not chosen:
+            raise NoInputError(_nothing_found(bids_dir, participants, sessions, grouped))
+        _warn_unmatched(bids_dir, sessions, chosen, ages)
 
     tables = DatasetTables(bids_dir)
     dataset_flags += tables.dataset_flags()
@@ -195,6 +208,16 @@ def _check_dataset(bids_dir: Path) -> list[Flag]:
         if problem := file_problem(bids_dir / name):
             flags.append(Flag('dataset-readme', 'info', f'{name}: {problem}.'))
     return flags
+
+
+def _share(
+    bids_dir: Path, task: ArrayTask, participants: Sequence[str], sessions: Sequence[str]
+) -> tuple[str, ...]:
+    """The subjects of one task; refuses a dataset in which no task would find anything."""
+    counts = count_sessions(bids_dir, participants, sessions)
+    if not any(counts.values()):
+        raise NoInputError(_nothing_found(bids_dir, participants, sessions, {}))
+    return share(counts, task)
 
 
 def _labels(labels: Sequence[str], prefix: str) -> tuple[str, ...]:

@@ -19,6 +19,9 @@ NO_RESULTS_YET = 'It has no results yet. Run without --reports-only.'
 NOT_RUN = 'It did not run: the run ended before its turn.'
 NO_REASON = 'Its outputs are incomplete and no crash was recorded; add -v to see the log.'
 
+SHARE_NOTE = 'Each task takes its own share of the sessions, the same one on every node.'
+SBATCH_NOTE = 'submit this script with sbatch'
+
 NO_RESOURCE_RECORD = 'Nipype recorded no use of resources: it does so only when no step fails.'
 
 
@@ -134,6 +137,118 @@ def all_empty(count: int, example: str, /) -> str:
 def file_missing(option: str, path: Path, /) -> str:
     """A file named by an option does not exist."""
     return f'{option}: the file {path} does not exist. Check the path.'
+
+
+def bad_array_task(text: str, /) -> str:
+    """A task of a job array that cannot be read."""
+    return f'--array-task: {text!r} is not of the form i/n, such as 2/8, nor auto.'
+
+
+def no_such_task(text: str, count: int, /) -> str:
+    """A task whose number is not among the tasks."""
+    tasks = 'its tasks are numbered from 1' if not count else f'its tasks are 1 to {count}'
+    return f'--array-task: there is no task {text}: {tasks}.'
+
+
+def no_slurm_array(variable: str, /) -> str:
+    """`auto` outside of a Slurm array."""
+    return (
+        f'--array-task auto: {variable} is not set, so this is no task of a Slurm array. Give '
+        '--array-task i/n, such as 2/8.'
+    )
+
+
+def slurm_array_has_gaps(count: int, /) -> str:
+    """`auto` in an array whose numbers are not evenly spaced."""
+    return (
+        f'--array-task auto: the numbers of this Slurm array are not evenly spaced, so that its '
+        f'{count} tasks cannot be counted. Give --array-task "$SLURM_ARRAY_TASK_ID/n", where n is '
+        'the number of all tasks.'
+    )
+
+
+def task_of_group(option: str, /) -> str:
+    """An option of the participant level at the group level."""
+    return f'{option} is for the participant level; the group level runs once, after all tasks.'
+
+
+def only_with(option: str, other: str, /) -> str:
+    """An option that means nothing alone."""
+    return f'{option} means something only together with {other}.'
+
+
+def not_together(option: str, other: str, /) -> str:
+    """Two options that exclude each other."""
+    return f'{option} and {other} cannot be given together: the job array has tasks of its own.'
+
+
+def nothing_to_submit(path: Path, /) -> str:
+    """No session for a job."""
+    return (
+        f'There is nothing to submit: no anat folder was found in {path} for what was asked. '
+        'Check the path and the labels.'
+    )
+
+
+def submission(sessions: int, tasks: int, cpus: int, memory: int, minutes: int, /) -> str:
+    """What a job array asks for."""
+    share = f'{sessions} sessions in {tasks} tasks; each task'
+    if tasks == 1:
+        share = f'{sessions} {"session" if sessions == 1 else "sessions"} in one task; it'
+    processors = 'processor' if cpus == 1 else 'processors'
+    return f'{share} asks for {cpus} {processors}, {memory} MB of memory and {minutes} minutes.'
+
+
+def how_to_submit(folder: Path, /) -> str:
+    """What is left to do after the scripts were written."""
+    return f'The scripts are in {folder}. Look at them, then run:'
+
+
+def no_sbatch(folder: Path, /) -> str:
+    """--now where there is no Slurm."""
+    return (
+        f'--now: there is no sbatch on this machine. The scripts are in {folder}; submit them '
+        'from a login node of the cluster.'
+    )
+
+
+def sbatch_failed(script: Path, reason: str, before: str = '', /) -> str:
+    """Slurm refused a script."""
+    kept = f' Job {before} was submitted and runs.' if before else ''
+    return f'sbatch did not take {script}: {reason.rstrip(".")}.{kept}'
+
+
+def submitted(array: str, group: str, /) -> str:
+    """Jobs that were handed over."""
+    return f'Submitted job array {array}, and job {group} for the group level, which waits for it.'
+
+
+def array_script_notes(version: str, sessions: int, tasks: int, script: str, group: str, /) -> str:
+    """What the script of a job array says at its top."""
+    return f"""\
+Written by babyseg {version} for {sessions} sessions, in {tasks} tasks.
+
+  jobid=$(sbatch --parsable {script})
+  sbatch --dependency=afterany:$jobid {group}
+
+Options given to sbatch win over the lines below: sbatch --time=4:00:00 ...
+A task that runs again does only what is missing. Only tasks 3 and 7: sbatch --array=3,7 ...
+At most 50 tasks at a time: sbatch --array=1-{tasks}%50 ...
+
+The dataset must not gain or lose subjects while the tasks run: their shares follow from it."""
+
+
+def group_script_notes(version: str, /) -> str:
+    """What the script of the group level says at its top."""
+    return f"""\
+Written by babyseg {version}: tables and a page of all sessions.
+It runs after the array, also when some of its tasks failed (afterany): one bad session must not
+keep back the results of all others."""
+
+
+def empty_share(task: object, /) -> str:
+    """A task of an array that has no session."""
+    return f'Task {task} has no sessions: there are fewer subjects than tasks.'
 
 
 def filter_unusable(path: str, reason: str, /) -> str:

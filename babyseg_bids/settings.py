@@ -12,6 +12,7 @@ from time import strftime
 from typing import Any, Literal
 
 from babyseg_bids import __version__
+from babyseg_bids.shares import ArrayTask, parse_array_task
 
 Level = Literal['participant', 'group']
 
@@ -82,6 +83,8 @@ class Settings:
         Intermediate files; `scratch` gives the folder that is used when it is None.
     participants, sessions, contrasts : tuple of str
         Bare labels (`01`, `A`, `T1w`); empty for all.
+    array_task : str, optional
+        `2/8`: only the share of the second of eight tasks, see `task`.
     bids_filter : dict, optional
         Content of the filter file.
     reference_anat : str, optional
@@ -104,6 +107,7 @@ class Settings:
     work_dir: Path | None = None
     participants: tuple[str, ...] = ()
     sessions: tuple[str, ...] = ()
+    array_task: str | None = None
     contrasts: tuple[str, ...] = ()
     bids_filter: dict[str, Any] | None = None
     skip_bids_validation: bool = False
@@ -134,9 +138,19 @@ class Settings:
     run_uuid: str = field(default_factory=new_run_uuid)
 
     @property
-    def scratch(self) -> Path:
+    def task(self) -> ArrayTask | None:
+        """The task of a job array that this run is, if it is one."""
+        return parse_array_task(self.array_task) if self.array_task else None
+
+    @property
+    def work_root(self) -> Path:
         """Folder of intermediate files: `work_dir`, or one inside the output folder."""
         return self.work_dir or self.output_dir / WORK_FOLDER
+
+    @property
+    def scratch(self) -> Path:
+        """Folder of this run's intermediate files: `work_root`, or a task's own part of it."""
+        return self.work_root / self.task.folder if self.task else self.work_root
 
     def replace(self, **changes: Any) -> 'Settings':
         """A copy with some fields changed."""

@@ -296,6 +296,19 @@ def test_one_case_without_bids_says_what_is_wrong(
     assert not (tmp_path / 'x').exists()
 
 
+def test_a_percent_sign_in_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
+    code = (
+        'import sys; from pathlib import Path\n'
+        'from babyseg_bids.cli.environment import configure_nipype\n'
+        'from babyseg_bids.settings import Settings\n'
+        "configure_nipype(Settings(Path('in'), Path(sys.argv[1])))\n"
+        "from nipype import config; print(config.get('execution', 'crashdump_dir'))"
+    )
+    run = [sys.executable, '-c', code, str(tmp_path / '100 %j')]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / '100 %j' / 'logs'), done.stderr
+
+
 # The work folder.
 
 

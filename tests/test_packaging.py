@@ -17,13 +17,17 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import babyseg_bids
+from babyseg_bids import wrapper
 
 FOLDERS = {
     'babyseg_bids': 'babyseg_bids',
     'workflows': 'babyseg_bids.workflows',
     'synthesis': 'babyseg_bids.synthesis',
 }
-SCRIPTS = ('babyseg', 'babyseg-segment', 'babyseg-train', 'babyseg-synth', 'babyseg-example')
+SCRIPTS = (
+    'babyseg', 'babyseg-segment', 'babyseg-wrapper', 'babyseg-train', 'babyseg-synth',
+    'babyseg-example',
+)  # fmt: skip
 LOCKS = ('lock.txt', 'lock-test.txt', 'lock-docs.txt')
 # The largest upload that the public index takes without being asked is 100 MB; half is left.
 WHEEL_MB = 50
@@ -184,6 +188,7 @@ def test_version_is_the_same_in_package_citation_changes_and_container(root: Pat
     assert metadata('babyseg')['Version'] == here
     assert f'version: {here}\n' in (root / 'CITATION.cff').read_text()
     assert f'## {here} ' in (root / 'CHANGES.md').read_text()
+    assert here == wrapper.VERSION
     assert f'ARG VERSION={here}\n' in (root / 'Dockerfile').read_text()
 
 

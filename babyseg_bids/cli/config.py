@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from babyseg_bids import messages
+from babyseg_bids.cli import submission
 from babyseg_bids.cli.parser import build_parser, parse_given
 from babyseg_bids.errors import UsageError
 
 # Written into each recorded settings file, so that it can be given back to --config-file.
 RECORDED = ('bids-dir', 'output-dir', 'analysis-level', 'run-uuid')
 # They make no sense inside a settings file.
-_NEVER = ('--help', '--version', '--config-file')
+_NEVER = ('--help', '--version', '--config-file', *submission.OPTIONS)
 
 
 def read_config(path: Path, /) -> dict[str, Any]:

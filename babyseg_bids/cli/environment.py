@@ -94,7 +94,7 @@ def configure_nipype(settings: Settings, /) -> None:
                 'log_to_file': 'false',
             },
             'execution': {
-                'crashdump_dir': str(settings.output_dir / 'logs'),
+                'crashdump_dir': str(settings.output_dir / 'logs').replace('%', '%%'),
                 'crashfile_format': 'txt',
                 'stop_on_first_crash': str(settings.stop_on_first_crash).lower(),
                 'create_report': 'false',

@@ -1,8 +1,10 @@
 """The group level: tables and a page from the results of the participant level."""
 
+from babyseg_bids import messages
 from babyseg_bids.cli import checks
 from babyseg_bids.cli.environment import prepare_environment
 from babyseg_bids.cli.progress import error_console
+from babyseg_bids.errors import UsageError
 from babyseg_bids.settings import Settings
 
 
@@ -14,6 +16,8 @@ def run_group(settings: Settings, /) -> int:
     UsageError, OutputError, NoInputError
         When there are no results, or the folder cannot be written.
     """
+    if settings.array_task:
+        raise UsageError(messages.task_of_group('--array-task'))
     checks.check_results(settings.output_dir)
     checks.check_writable(settings.output_dir)
     prepare_environment(settings)

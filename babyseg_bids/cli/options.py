@@ -9,6 +9,7 @@ from typing import Any
 from babyseg_bids import messages
 from babyseg_bids.errors import UsageError
 from babyseg_bids.resources import parse_memory
+from babyseg_bids.shares import parse_array_task
 
 # Values below this are a mistaken unit: `--mem 8` means 8 MB.
 LEAST_MEMORY_GB = 0.5
@@ -94,6 +95,11 @@ def device(text: str) -> str:
     if not re.fullmatch(r'auto|cpu|mps|cuda(:\d+)?', text):
         raise argparse.ArgumentTypeError(f'{text!r} is not one of auto, cpu, cuda, cuda:N, mps')
     return text
+
+
+def array_task(text: str) -> str:
+    """A type for tasks of a job array: `auto` becomes what Slurm says."""
+    return str(parse_array_task(text))
 
 
 def path(text: str) -> Path:

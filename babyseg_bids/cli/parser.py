@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from babyseg_bids import __version__, messages
-from babyseg_bids.cli import options
+from babyseg_bids.cli import options, submission
+from babyseg_bids.cli.submission import Submission
 from babyseg_bids.errors import UsageError
 from babyseg_bids.settings import OPTIONS, Settings
 
@@ -79,6 +80,7 @@ def build_parser(*, positionals: bool = True) -> Parser:
     _add_outputs(parser)
     _add_machine(parser)
     _add_running(parser)
+    submission.add_options(parser)
     _add_accepted(parser)
     return parser
 
@@ -353,8 +355,8 @@ def _parse_any_order(argv: Sequence[str]) -> dict[str, Any]:
         return parse_given([*argv[-3:], *argv[:-3]])
 
 
-def parse_settings(argv: Sequence[str]) -> Settings:
-    """Settings from a command line and from the settings file that it names.
+def parse_command(argv: Sequence[str]) -> tuple[Settings, Submission | None]:
+    """Settings from a command line and its settings file, and the submission if it asks for one.
 
     Raises
     ------
@@ -362,10 +364,16 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         One sentence about the first thing that is wrong.
     """
     given = _parse_any_order(argv)
+    job = submission.take(given)
     config_file = given.pop('config_file', None)
     if config_file is not None:
         # tomllib is only needed here.
         from babyseg_bids.cli.config import read_config
 
         given = {**read_config(config_file), **given}
-    return Settings(**given)
+    return Settings(**given), job
+
+
+def parse_settings(argv: Sequence[str]) -> Settings:
+    """The settings alone, see `parse_command`."""
+    return parse_command(argv)[0]

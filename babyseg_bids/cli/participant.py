@@ -26,7 +26,7 @@ def run_participant(settings: Settings, /) -> int:
         When nothing can be done at all.
     """
     out = error_console()
-    _check(settings, out)
+    check(settings, out)
     prepare_environment(settings)
     # A dry run leaves no trace.
     made = [] if settings.dry_run else checks.check_writable(settings.output_dir)
@@ -40,6 +40,9 @@ def run_participant(settings: Settings, /) -> int:
 def _run(settings: Settings, out: Console) -> int:
     """`run_participant` after its checks."""
     sessions = find(settings)
+    if not sessions:
+        out.print(messages.empty_share(settings.array_task))
+        return 0
     fates = decide(sessions, settings)
     if settings.dry_run:
         _show_plan(sessions, fates, settings)
@@ -56,8 +59,14 @@ def _run(settings: Settings, out: Console) -> int:
     return conclude(sessions, judge(sessions, fates, before, settings), settings, out)
 
 
-def _check(settings: Settings, out: Console) -> None:
-    """Everything that can be known to be wrong before the dataset is read."""
+def check(settings: Settings, out: Console, /) -> None:
+    """Look for everything that can be known to be wrong before the dataset is read.
+
+    Raises
+    ------
+    BabySegError
+        For the first thing that is wrong.
+    """
     described = checks.check_bids_dir(settings.bids_dir)
     checks.check_apart(settings.output_dir, settings.bids_dir)
     if settings.work_dir:
@@ -87,6 +96,7 @@ def find(settings: Settings, /) -> list[SessionInputs]:
         reference=settings.reference_anat,
         ages=parse_age_option(settings.ages) if settings.ages else None,
         database_dir=settings.database_dir,
+        task=settings.task,
     )
 
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from types import FrameType
 
 from babyseg_bids import messages
-from babyseg_bids.cli.parser import parse_settings
+from babyseg_bids.cli.parser import parse_command
+from babyseg_bids.cli.submission import Submission
 from babyseg_bids.errors import BabySegError
 from babyseg_bids.settings import Settings
 
@@ -30,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A batch system that ends a job sends SIGTERM first; workers must go then, too.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        settings = parse_settings(sys.argv[1:] if argv is None else list(argv))
-        return _run(settings)
+        words = sys.argv[1:] if argv is None else list(argv)
+        settings, job = parse_command(words)
+        return _run(settings, job, words)
     except KeyboardInterrupt:
         _say(messages.INTERRUPTED)
         return INTERRUPTED
@@ -48,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report_bug(error, settings)
 
 
-def _run(settings: Settings) -> int:
+def _run(settings: Settings, job: Submission | None, words: Sequence[str]) -> int:
+    if job is not None:
+        from babyseg_bids.cli.submit import run_submit
+
+        return run_submit(settings, job, words)
     if settings.level == 'group':
         from babyseg_bids.cli.group import run_group
 

@@ -102,7 +102,7 @@ def conclude(
     Raises
     ------
     NoInputError
-        When there was not one usable image.
+        When there was not one usable image, unless other tasks of an array may have some.
     """
     from babyseg_bids.cli import tables
 
@@ -111,7 +111,7 @@ def conclude(
     failed = len(wrong) - empty
     if len(wrong) > 1 or failed:
         tables.show_verdicts(wrong)
-    if empty == len(verdicts):
+    if empty == len(verdicts) and settings.array_task is None:
         first = f'{wrong[0].name}: {wrong[0].reason}'
         raise NoInputError(messages.all_empty(len(wrong), first))
     if empty == 1 and not failed:

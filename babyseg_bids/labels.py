@@ -4,9 +4,11 @@ The table is `data/labels.tsv`; its row order is the order of the network's outp
 """
 
 import csv
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 
@@ -80,6 +82,43 @@ class LabelTable:
         for source, target in MERGED.items():
             lut[source] = lut[target]
         return lut[np.clip(numbers, 0, None)]
+
+
+# Of the official network (22 channels). It has putamen, pallidum and accumbens in one label a
+# side, and neither the third nor the fourth ventricle.
+OFFICIAL = (
+    0, 2, 3, 4, 8, 10, 11, 16, 17, 18, 28, 41, 42, 43, 47, 49, 50, 53, 54, 60, 169, 176,
+)  # fmt: skip
+_BASAL_GANGLIA = tuple(
+    Label(
+        index, f'{side}-Basal-Ganglia', f'{side[0]}-BG', color, side[0], 'deep-grey', other, index
+    )
+    for index, side, color, other in (
+        (169, 'Left', '#ec0db0', 176),
+        (176, 'Right', '#ec0db0', 169),
+    )
+)
+
+
+# What the file of the official network ends in; babyseg's own models are .safetensors files.
+OFFICIAL_ENDINGS = ('.pt', '.pth')
+
+
+def is_official(model: str | Path, /) -> bool:
+    """Whether the name of a model is that of an official checkpoint."""
+    return Path(model).suffix in OFFICIAL_ENDINGS
+
+
+def table_of(indices: Iterable[int], /) -> LabelTable:
+    """The table of a model's labels, in the order given.
+
+    Raises
+    ------
+    KeyError
+        For a number that neither babyseg nor the official network knows.
+    """
+    known = {row.index: row for row in (*label_table().rows, *_BASAL_GANGLIA)}
+    return LabelTable(tuple(known[int(i)] for i in indices))
 
 
 @cache

@@ -12,7 +12,7 @@ import numpy as np
 
 from babyseg_bids import __version__
 from babyseg_bids.errors import OutputError
-from babyseg_bids.labels import label_table
+from babyseg_bids.labels import OFFICIAL, is_official, label_table, table_of
 from babyseg_bids.records import Scan, SessionInputs
 from babyseg_bids.reports.files import write_atomic
 from babyseg_bids.settings import Settings
@@ -221,10 +221,13 @@ def is_done(session: SessionInputs, output: Path, settings: Settings, /) -> bool
     return same and all((output / name).is_file() for name in outputs)
 
 
-def dseg_table() -> str:
-    """The content of desc-aseg_dseg.tsv."""
+def dseg_table(*, official: bool = False) -> str:
+    """The content of desc-aseg_dseg.tsv; with the official network's labels when it was used."""
     lines = ['index\tname\tabbreviation\tcolor\tmapping\themisphere']
-    for row in label_table().rows:
+    indices = [r.index for r in label_table().rows]
+    if official:
+        indices += [i for i in OFFICIAL if i not in indices]
+    for row in table_of(indices).rows:
         mapping = BIDS_LABELS[row.tissue]
         lines.append(
             f'{row.index}\t{row.name}\t{row.abbreviation}\t{row.color}\t{mapping}\t'
@@ -258,7 +261,7 @@ def write_dataset_files(settings: Settings, methods: str, /) -> None:
         '.bidsignore': '\n'.join(IGNORED) + '\n',
         'README.md': README.format(version=__version__),
         'descriptions.tsv': f'desc_id\tdescription\n{descriptions}',
-        'desc-aseg_dseg.tsv': dseg_table(),
+        'desc-aseg_dseg.tsv': dseg_table(official=is_official(settings.model)),
         'desc-aseg_dseg.json': json.dumps(DSEG_COLUMNS, indent=2) + '\n',
         'logs/CITATION.md': methods,
         'logs/CITATION.bib': BIBLIOGRAPHY,

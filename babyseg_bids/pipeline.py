@@ -29,7 +29,7 @@ class Result:
     segmentation : label map, int16, FreeSurfer numbers
     brain_mask : uint8
     uncertainty : float32, 0..1
-    probabilities : float32 (X, Y, Z, C) in the order of the label table, or None
+    probabilities : float32 (X, Y, Z, C) in the order of the model's labels, or None
     volumes : one row a structure (see `morphometry.morphometry_table`)
     qc : quality measures (see `qc.session_metrics`)
     flags : what a person should know
@@ -95,7 +95,7 @@ class BabySegPipeline:
 
     Parameters
     ----------
-    model : name of a shipped model, or path of a model file
+    model : name of a shipped model, or path of a model file, the official checkpoint among them
     device : `auto`, `cpu`, `cuda[:N]` or `mps`
     uncertainty_threshold : voxels above it count as uncertain, 0..1
     threads : of the CPU; None for torch's own choice
@@ -158,7 +158,11 @@ class BabySegPipeline:
             keep_probabilities=keep_probabilities,
         )
         volumes = morphometry_table(
-            result.labels, images[0].affine, result.soft_volumes, result.confidence
+            result.labels,
+            images[0].affine,
+            result.soft_volumes,
+            result.confidence,
+            self.model.labels,
         )
         qc, flags = session_qc(
             result.labels,
@@ -168,6 +172,7 @@ class BabySegPipeline:
             volumes,
             Age(),
             self.uncertainty_threshold,
+            self.model.labels,
         )
         refused = [
             refused_flag(f'Scan {i}', a)

@@ -185,10 +185,10 @@ FRONT_BACK = ((11, 10), (26, 10), (12, 17), (18, 17))
 TOP_BOTTOM = ((4, 28), (11, 18), (10, 17), (11, 26))
 
 
-def _direction(
-    centres: Mapping[int, np.ndarray], pairs: Sequence[tuple[int, int]], table: LabelTable
-) -> np.ndarray:
+def _direction(centres: Mapping[int, np.ndarray], pairs: Sequence[tuple[int, int]]) -> np.ndarray:
     """Mean unit vector over pairs of centres, both sides; NaN with fewer than four of them."""
+    # Other models may lack some of the structures that are looked for.
+    table = label_table()
     vectors = []
     for first, second in pairs:
         for a, b in ((first, second), (table[first].mirror, table[second].mirror)):
@@ -218,8 +218,8 @@ def body_axes(labels: np.ndarray, affine: np.ndarray, table: LabelTable, /) -> d
         if box is not None:
             voxels = np.argwhere(labels[box] == row.index).mean(axis=0)
             centres[row.index] = matrix @ (voxels + [s.start for s in box])
-    front = _direction(centres, FRONT_BACK, table)
-    top = _direction(centres, TOP_BOTTOM, table)
+    front = _direction(centres, FRONT_BACK)
+    top = _direction(centres, TOP_BOTTOM)
     top = top - front * (front @ top)
     top = top / max(float(np.linalg.norm(top)), 1e-9)
     lefts = [r.index for r in table.structures if r.hemisphere == 'L']

@@ -131,3 +131,9 @@ def check_spaces(spaces: list[str], /) -> None:
     foreign = [space for space in spaces if space not in NATIVE_SPACES]
     if foreign:
         raise UsageError(messages.spaces_unavailable(foreign))
+
+
+def model(text: str) -> str:
+    """Name of a model, or the absolute path of its file: processes that work elsewhere read it."""
+    path = Path(text).expanduser()
+    return str(path.absolute()) if len(path.parts) > 1 or path.suffix else text

@@ -160,8 +160,10 @@ def _add_segmentation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('segmentation')
     group.add_argument(
         '--model',
+        type=options.model,
         metavar='NAME|FILE',
-        help='weights that ship with babyseg (default), or a file of weights',
+        help='weights that ship with babyseg (default), or a file of weights: of babyseg '
+        '(.safetensors), or the official checkpoint (.pt)',
     )
     group.add_argument(
         '--device',

@@ -188,6 +188,7 @@ class MeasureSession(SimpleInterface):
     output_spec = _MeasureOutput
 
     def _run_interface(self, runtime: Any) -> Any:
+        from babyseg_bids.labels import table_of
         from babyseg_bids.morphometry import morphometry_table, write_morph_tsv
         from babyseg_bids.preflight import load_image
         from babyseg_bids.qc import session_qc
@@ -202,7 +203,8 @@ class MeasureSession(SimpleInterface):
             {int(k): v for k, v in measures[name].items()}
             for name in ('soft_volumes', 'confidence')
         )
-        morph = morphometry_table(labels, image.affine, volumes, confidence)
+        table = table_of(volumes)
+        morph = morphometry_table(labels, image.affine, volumes, confidence, table)
         metrics, flags = session_qc(
             labels,
             uncertainty,
@@ -211,6 +213,7 @@ class MeasureSession(SimpleInterface):
             morph,
             session.age,
             self.inputs.uncertainty_threshold,
+            table,
         )
         folder = Path(runtime.cwd)
         write_morph_tsv(morph, folder / 'morph.tsv')
@@ -348,7 +351,7 @@ class PublishSession(SimpleInterface):
         return runtime
 
     def _images(self, session: SessionInputs) -> dict[str, Any]:
-        from babyseg_bids.labels import label_table
+        from babyseg_bids.labels import table_of
 
         names = Names(session)
         files: dict[str, Any] = {}
@@ -358,8 +361,9 @@ class PublishSession(SimpleInterface):
             ('desc-uncertainty_probseg', self.inputs.uncertainty, sidecar(session, 'uncertainty')),
         ]
         if isdefined(self.inputs.probabilities):
-            table = [row.abbreviation for row in label_table().rows]
-            description = sidecar(session, 'babyseg', LabelMap=table)
+            measures = json.loads(Path(self.inputs.measures).read_text())
+            names_in_order = [r.abbreviation for r in table_of(measures['soft_volumes']).rows]
+            description = sidecar(session, 'babyseg', LabelMap=names_in_order)
             kinds.append(('desc-babyseg_probseg', self.inputs.probabilities, description))
         for what, image, description in kinds:
             files[names.image(f'{what}.nii.gz')] = Path(image)

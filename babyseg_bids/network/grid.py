@@ -32,11 +32,13 @@ class WorkingGrid:
     affine : (4, 4)
     to_reference : for each axis of the reference, the grid axis it runs along, and its scale and
         offset: grid index = scale * reference index + offset
+    fades : whether values fade to zero beyond the grid instead of being extended
     """
 
     size: tuple[int, int, int]
     affine: np.ndarray
     to_reference: tuple[tuple[int, float, float], ...]
+    fades: bool = False
 
 
 def foreground_box(x: np.ndarray, /) -> tuple[slice, slice, slice]:
@@ -92,15 +94,17 @@ def working_grid(
     return WorkingGrid(tuple(size), affine @ to_voxel, tuple(to_reference))  # type: ignore[arg-type]
 
 
-def onto_grid(x: Tensor, affine: np.ndarray, grid: WorkingGrid, /) -> Tensor:
-    """Resample a scan (X, Y, Z) onto the grid, linearly after an anti-aliasing blur.
+def onto_grid(
+    x: Tensor, affine: np.ndarray, grid: WorkingGrid, /, *, antialias: bool = True
+) -> Tensor:
+    """Resample a scan (X, Y, Z) onto the grid, linearly after an anti-aliasing blur if wanted.
 
     Returns (*grid.size); zero outside the scan.
     """
     from_grid = np.linalg.inv(affine) @ grid.affine
     # How many scan voxels one grid step covers along each scan axis.
     stride = np.abs(from_grid[:3, :3]).max(1)
-    sigmas = np.where(stride > 1, _ANTIALIAS * stride, 0)
+    sigmas = np.where((stride > 1) & antialias, _ANTIALIAS * stride, 0)
     box = _needed(x.shape, from_grid, grid.size, margin=np.ceil(3 * sigmas) + 1)
     if any(s.start >= s.stop for s in box):
         return torch.zeros(grid.size, device=x.device)
@@ -167,13 +171,15 @@ def from_grid(x: Tensor, grid: WorkingGrid, box: Sequence[slice], /) -> Tensor:
 
     Returns
     -------
-    Tensor of the box's shape; values outside the grid are those of its border
+    Tensor of the box's shape; values outside the grid are those of its border, or fade to zero
     """
     x = x.permute([along for along, _, _ in grid.to_reference])
     for axis, (_, scale, offset) in enumerate(grid.to_reference):
         n = x.shape[axis]
         index = torch.arange(box[axis].start, box[axis].stop, dtype=torch.float64)
-        index = (scale * index + offset).clamp(0, n - 1)
+        index = scale * index + offset
+        if not grid.fades:
+            index = index.clamp(0, n - 1)
         # Each row holds the two weights of one voxel; a dense product beats gathering.
         matrix = (1 - (index[:, None] - torch.arange(n)).abs()).clamp_min(0)
         x = along_axis(matrix.float().to(x.device), x, axis)

@@ -20,6 +20,7 @@ from babyseg_bids.network.grid import (
     working_grid,
 )
 from babyseg_bids.network.intensity import normalise
+from babyseg_bids.network.official import conform
 from babyseg_bids.network.weights import Model
 
 # A channel is interpolated only where it reaches this probability.
@@ -92,18 +93,15 @@ def segment(
         torch.set_num_threads(threads)
     where = choose_device(device)
     image, affine = scans[0]
-    grid = working_grid(
-        affine,
-        foreground_box(image),
-        spacing=model.spacing,
-        multiple=model.multiple,
-    )
+    turned = False
     with torch.inference_mode():
-        prepared = [normalise(onto_grid(_tensor(x, where), a, grid)) for x, a in scans]
-        # A fixed order makes the result independent of the order given, to the last bit.
-        prepared.sort(key=lambda x: (float(x.double().sum()), float(x.double().square().sum())))
-        posteriors, turned = predict_either_way(torch.stack(prepared), model, device=where)
-        remove_islands(posteriors)
+        if model.official:
+            prepared, grid = conform(scans, device=where)
+            posteriors = predict_official(prepared, model, device=where)
+        else:
+            prepared, grid = _prepare(scans, model, where)
+            posteriors, turned = predict_either_way(prepared, model, device=where)
+            remove_islands(posteriors)
         result = _to_reference(posteriors, grid, image.shape, affine, model, keep_probabilities)
     labels, uncertainty, probabilities, volumes, confidence = result
     return Segmentation(
@@ -117,6 +115,39 @@ def segment(
         seconds=time.monotonic() - began,
         turned=turned,
     )
+
+
+def _prepare(
+    scans: Sequence[tuple[np.ndarray, np.ndarray]], model: Model, device: str
+) -> tuple[Tensor, WorkingGrid]:
+    """Scans (G, *size) in 0..1 on the model's grid of the first one."""
+    image, affine = scans[0]
+    grid = working_grid(
+        affine,
+        foreground_box(image),
+        spacing=model.spacing,
+        multiple=model.multiple,
+    )
+    prepared = [normalise(onto_grid(_tensor(x, device), a, grid)) for x, a in scans]
+    return torch.stack(_in_fixed_order(prepared)), grid
+
+
+def _in_fixed_order(scans: Sequence[Tensor]) -> list[Tensor]:
+    """An order that makes the result independent of the order given, to the last bit."""
+    return sorted(scans, key=lambda x: (float(x.double().sum()), float(x.double().square().sum())))
+
+
+def predict_official(scans: Tensor, model: Model, /, *, device: str = 'cpu') -> Tensor:
+    """Posteriors (C, *size) float32 of conformed scans (G, *size), as the official program's."""
+    network = model.network.to(device, memory_format=torch.channels_last_3d)
+    with _autocast(device):
+        return network(torch.stack(_in_fixed_order(list(scans)))[None])[0].float()
+
+
+def _autocast(device: str) -> torch.autocast:
+    """bfloat16 where the processor gains from it: GPUs, and CPUs with matrix units."""
+    half = device.startswith('cuda') or (device == 'cpu' and cpu_prefers_bfloat16())
+    return torch.autocast(device.split(':')[0], torch.bfloat16, enabled=half)
 
 
 def _check(scans: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
@@ -141,17 +172,13 @@ def predict(
 ) -> Tensor:
     """Posteriors (C, *size) float32 of prepared scans (G, *size) in 0..1, in RAS axes.
 
-    bfloat16 is used where the processor gains from it: GPUs, and CPUs with matrix units.
-
     Parameters
     ----------
     both_sides : average with the result of the mirrored scans, whose labels change sides. It
         costs a second pass, and takes away the network's own preference for a side.
     """
     network = model.network.to(device, memory_format=torch.channels_last_3d)
-    half = device.startswith('cuda') or (device == 'cpu' and cpu_prefers_bfloat16())
-    kind = device.split(':')[0]
-    with torch.autocast(kind, torch.bfloat16, enabled=half):
+    with _autocast(device):
         posteriors = network(scans[None])[0].float().softmax(0)
     if both_sides:
         posteriors = (posteriors + mirrored_posteriors(scans, model, device=device)) / 2

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from babyseg_bids.errors import ModelError
-from babyseg_bids.labels import LabelTable, label_table
+from babyseg_bids.labels import OFFICIAL, LabelTable, is_official, label_table, table_of
+from babyseg_bids.network.official import SPACING, read_official
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 
 _FORMAT = 'babyseg-1'
@@ -29,6 +30,7 @@ class Model:
     spacing : voxel size that it works at, mm
     multiple : its input sizes are multiples of this
     training : how it was trained
+    official : whether it is the official network, whose scans are prepared in its own way
     """
 
     name: str
@@ -38,6 +40,7 @@ class Model:
     spacing: float
     multiple: int
     training: dict[str, Any]
+    official: bool = False
 
 
 def shipped_models() -> dict[str, Path]:
@@ -88,9 +91,12 @@ def load_model(name: str | Path = 'default', /) -> Model:
     path = models.get(str(name), Path(name))
     if not path.is_file():
         raise ModelError(
-            f'There is no model {str(name)!r}: give the path of a .safetensors file or one of '
-            f'the shipped models ({", ".join(models) or "none in this installation"}).'
+            f'There is no model {str(name)!r}: give the path of a .safetensors file, of the '
+            'official checkpoint (.pt), or one of the shipped models '
+            f'({", ".join(models) or "none in this installation"}).'
         )
+    if is_official(path):
+        return _official(path)
     try:
         with safe_open(path, framework='pt') as f:
             description = json.loads((f.metadata() or {}).get('babyseg', '{}'))
@@ -102,7 +108,7 @@ def load_model(name: str | Path = 'default', /) -> Model:
     if description.get('format') != _FORMAT:
         raise ModelError(
             f'{path} is not a babyseg model; give a .safetensors file that `babyseg-train export` '
-            'wrote.'
+            'wrote, or the official checkpoint (.pt).'
         )
     table = label_table()
     if description['labels'] != table.indices.tolist():
@@ -120,4 +126,23 @@ def load_model(name: str | Path = 'default', /) -> Model:
         spacing=float(description['spacing']),
         multiple=network.config.multiple,
         training=description['training'],
+    )
+
+
+def _official(path: Path) -> Model:
+    network, count, multiple = read_official(path)
+    if count != len(OFFICIAL):
+        raise ModelError(
+            f'{path} has {count} labels; the official network has {len(OFFICIAL)}, and the names '
+            'of others are unknown.'
+        )
+    return Model(
+        name='official',
+        version=path.name,
+        network=network,
+        labels=table_of(OFFICIAL),
+        spacing=SPACING,
+        multiple=multiple,
+        training={},
+        official=True,
     )

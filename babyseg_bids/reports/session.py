@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from babyseg_bids.labels import LabelTable, label_table
+from babyseg_bids.labels import LabelTable, table_of
 from babyseg_bids.longitudinal import spoken_tissue
 from babyseg_bids.morphometry import asymmetry_index, brain_volume, structure_name, tissue_totals
 from babyseg_bids.qc_flags import LIMITS
@@ -125,6 +125,11 @@ def _picture(scan: Image.Image, title: str, alt: str, overlay: Image.Image | Non
     }
 
 
+def _table(data: SessionReportData) -> LabelTable:
+    """The labels that the session's model knows."""
+    return table_of([0, *data.morph['index']])
+
+
 def draw_session(data: SessionReportData, /) -> tuple[list[dict], dict | None]:
     """Draw all pictures, write them into `figures_dir`, and return them for the page.
 
@@ -136,7 +141,7 @@ def draw_session(data: SessionReportData, /) -> tuple[list[dict], dict | None]:
     for plane, (slices, columns) in SLICES.items():
         layout = fig.lay_out(volume, [(plane, slices)], columns)
         scan = fig.draw_scan(volume, layout)
-        overlay = fig.draw_labels(volume, layout)
+        overlay = fig.draw_labels(volume, layout, _table(data))
         path = data.figures_dir / f'{stem}{plane}_dseg.png'
         write_atomic(path, fig.encode(fig.blend(scan, overlay), 'PNG'))
         title = f'{plane.capitalize()} slices'
@@ -329,7 +334,7 @@ def write_session_report(path: str | os.PathLike[str], data: SessionReportData, 
     OutputError
         The page or a picture cannot be written.
     """
-    table = label_table()
+    table = _table(data)
     flags = unique_flags(data.flags)
     pictures, uncertainty = draw_session(data)
     tissues, tissue_scale = _tissue_rows(data.morph)

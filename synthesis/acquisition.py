@@ -5,6 +5,8 @@ one matrix an axis, see `operators`. It leads to the grid of the acquisition, wh
 noise belong, and a second one leads back to the output grid.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,9 @@ from babyseg_bids.synthesis.settings import AcquisitionSettings
 
 # Standard deviation of a Gaussian of unit width at half maximum.
 SD = 1 / 2.3548
+# Standard deviation of a box one voxel wide: each voxel averages over its own volume, so that
+# borders between tissues are mixed even where nothing else blurs.
+VOXEL_SD = 12**-0.5
 # Grey levels of a curve that is no deliberate quantisation: 12 bits, as scanners have.
 LEVELS = 4096
 
@@ -82,7 +87,7 @@ def axis_operators(
     there: list[Tensor] = []
     back: list[Tensor | None] = []
     for axis, (n, m) in enumerate(zip(size, low_size, strict=True)):
-        matrix = operators.gaussian(n, float(fwhm[axis]) * SD / spacing)
+        matrix = operators.gaussian(n, math.hypot(float(fwhm[axis]) * SD / spacing, VOXEL_SD))
         if m < n:
             share = 1 - gap if axis == sliced else 1.0
             matrix = operators.slices(n, m, share=share) @ matrix

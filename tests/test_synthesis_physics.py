@@ -201,8 +201,19 @@ def test_the_acquisition_has_the_asked_for_resolution():
     )
     assert view is None and back == [None, None]
     for matrix, factor in zip(there, draws.log['blur by axis'], strict=True):
-        expected = 5.0 * factor / 2.3548 / 0.5
+        expected = np.hypot(5.0 * factor / 2.3548 / 0.5, acquisition.VOXEL_SD)
         assert width(matrix[:, 40]) == pytest.approx(expected, rel=0.02)
+
+
+def test_borders_are_mixed_even_without_a_blur():
+    sharp = AcquisitionSettings(
+        blur_fwhm=(0.0, 0.0), slices_probability=0.0, resolution_probability=0.0,
+        gibbs_probability=0.0, ghost_probability=0.0, wrap_probability=0.0,
+    )  # fmt: skip
+    there, _, _ = acquisition.axis_operators(
+        torch.Size((20, 20)), sharp, spacing=1.0, draws=Draws(0)
+    )
+    assert width(there[0][:, 10]) == pytest.approx(12**-0.5, rel=0.01)
 
 
 def test_thick_slices_have_the_asked_for_distance():

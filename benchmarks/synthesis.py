@@ -154,7 +154,9 @@ def main() -> None:
     parser.add_argument('--size', type=int, action='append', help='voxels along each axis')
     parser.add_argument('--processes', type=int, default=2)
     parser.add_argument('--samples', type=int, default=8, help='of each process')
-    parser.add_argument('--engine', choices=ENGINES, action='append', help='only this one')
+    parser.add_argument(
+        '--engine', choices=ENGINES, action='append', help='only this one; may be repeated'
+    )
     args = parser.parse_args()
     from babyseg_bids.synthesis.maps import load_maps
 
@@ -166,7 +168,7 @@ def main() -> None:
         parser.error(f'{args.maps} has no map {name}; it has {", ".join(maps)}')
     # The processes read these when they start.
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, '1'))
-    chosen = [n for n in ENGINES if n in (args.engine or ENGINES)]
+    chosen = [n for n, e in ENGINES.items() if (n in args.engine if args.engine else e.usual)]
     present = [n for n in chosen if importlib.util.find_spec(ENGINES[n].module)]
     print(machine())
     for n in chosen:

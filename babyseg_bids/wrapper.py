@@ -377,8 +377,9 @@ def docker_command(engine: str, kind: str, image: str, rootless: bool, plan: Pla
         gpu = ['--device', 'nvidia.com/gpu=all']
         # Results would belong to a user number that exists inside only. Root has no such trouble.
         options += ['--userns', 'keep-id'] if os.getuid() else []
-    elif not rootless:
-        options += ['--user', f'{os.getuid()}:{os.getgid()}']
+    # The image has a user of its own. Where docker runs without root's rights, its root is you.
+    options += ['--user', '0:0' if rootless else f'{os.getuid()}:{os.getgid()}']
+    if kind == 'docker' and not rootless:
         # The data of a lab often belong to a group that is not the user's first.
         for group in sorted(set(os.getgroups()) - {0, os.getgid()}):
             options += ['--group-add', str(group)]

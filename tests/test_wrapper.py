@@ -252,7 +252,7 @@ def test_podman_keeps_the_user_and_has_its_own_word_for_gpus(
     command = place.started('--device', 'cuda:1')
     assert command[0] == 'podman'
     assert values(command, '--device') == ['nvidia.com/gpu=all', 'cuda:1']
-    assert '--user' not in command
+    assert values(command, '--user') == [f'{os.getuid()}:{os.getgid()}']
     # The suite may run as root, who needs no mapping.
     monkeypatch.setattr(os, 'getuid', lambda: 1000)
     monkeypatch.setenv('PATH', str(place.bin))
@@ -265,14 +265,14 @@ def test_docker_that_is_podman_in_truth_gets_podmans_options(place: Place) -> No
     answers = {'--version': [0, '', 'podman version 4.3.1\n']}
     command = place.started('--device=cuda', answers=answers)
     assert command[0] == 'docker'
-    assert '--user' not in command
+    assert '--group-add' not in command
     assert 'nvidia.com/gpu=all' in command
 
 
-def test_docker_without_roots_rights_maps_users_itself(place: Place) -> None:
+def test_docker_without_roots_rights_maps_its_root_to_the_user(place: Place) -> None:
     place.install('docker')
     answers = {'info': [0, '', '[name=seccomp,profile=builtin name=rootless]\n']}
-    assert '--user' not in place.started(answers=answers)
+    assert values(place.started(answers=answers), '--user') == ['0:0']
 
 
 @pytest.mark.parametrize('name', ['apptainer', 'singularity'])

@@ -12,6 +12,9 @@ from babyseg_bids.synthesis.draws import Draws
 from babyseg_bids.synthesis.maps import CSF, DURA, MARROW, MUSCLE, SCALP, SKULL, ClassTable
 from babyseg_bids.synthesis.settings import SurroundingsSettings
 
+# Resolution of the borders of layers, mm.
+STEP = 0.25
+
 
 def add_layers(
     classes: Tensor,
@@ -35,21 +38,26 @@ def add_layers(
     skin = draws.uniform('scalp', *settings.scalp)
     # One uneven distance serves all layers, so that they run in parallel.
     d = distance - wobble.mul(0.3 * csf_end)
-    out = torch.zeros_like(classes)
-    if draws.chance('body', settings.body_probability):
-        out.masked_fill_(_body(d, wobble, draws=draws), muscle)
-    inner_skull = csf_end + bone / 3
     ends = [
-        (csf_end + bone + skin, scalp),
-        (csf_end + bone, skull),
-        (csf_end + 2 * bone / 3, marrow),
-        (inner_skull, skull),
         (csf_end, csf),
+        (csf_end + bone / 3, skull),
+        (csf_end + 2 * bone / 3, marrow),
+        (csf_end + bone, skull),
+        (csf_end + bone + skin, scalp),
     ]
     if draws.chance('dura', settings.dura_probability):
-        ends.insert(-1, (csf_end + 0.8, dura))
+        ends.insert(1, (csf_end + 0.8, dura))
+    outermost = ends[-1][0]
+    # Distances become steps, and a table says what lies there: one look-up instead of comparisons.
+    labels = torch.zeros(int(outermost / STEP) + 2, dtype=torch.int32)
+    inner = 0
     for end, label in ends:
-        out.masked_fill_(d <= end, label)
+        labels[inner : int(end / STEP) + 1] = label
+        inner = int(end / STEP) + 1
+    steps = d.div(STEP).clamp_(0, len(labels) - 1).int()
+    out = labels.to(d.device).index_select(0, steps.view(-1)).view(d.shape)
+    if draws.chance('body', settings.body_probability):
+        out.masked_fill_(_body(d, wobble, draws=draws) & (out == 0), muscle)
     return torch.where(classes == 0, out, classes)
 
 
@@ -107,8 +115,9 @@ def without_hindbrain(classes: Tensor, /, *, table: ClassTable, draws: Draws) ->
 
     Now and then the upper part of the brainstem stays.
     """
-    cerebellum = table.tissue('cerebellum') + table.of(15)
-    gone = torch.isin(classes, torch.tensor(cerebellum, dtype=torch.int32, device=classes.device))
+    lost = torch.zeros(len(table), dtype=torch.bool)
+    lost[table.tissue('cerebellum') + table.of(15)] = True
+    gone = lost.to(classes.device).index_select(0, classes.reshape(-1)).view(classes.shape)
     stem = classes == table.of(16)[0]
     if draws.chance('stem stays', 0.3) and bool(stem.any()):
         levels = stem.flatten(0, -2).any(0).nonzero()[:, 0]

@@ -30,9 +30,8 @@ _ISLAND_SHARE = 0.05
 # Structures in the middle of the brain, whose place tells front from back.
 _DEEP = (4, 10, 11, 12, 13, 14, 43, 49, 50, 51, 52)
 _DEEP_VOXELS = 50
-# How much better the turned head must fit. On most real scans the right direction fitted better by
-# 0.07 to 0.55; on T2w scans from 6 months on, which the first weights segment badly, neither did
-# clearly, and the header stands.
+# How much better the turned head must fit; set on a few real scans with the first weights, where
+# the right direction fitted better by 0.07 to 0.55.
 _TURN_MARGIN = 0.05
 
 

@@ -3,7 +3,7 @@
 import csv
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,11 @@ from babyseg_bids.synthesis.settings import SynthesisSettings, load_settings
 # Children that are never trained on; their maps measure the result (see the model card).
 HELD_OUT = ('03mo', '08mo', '24mo')
 DEFAULT_NETWORK = NetworkConfig(
-    labels=len(label_table()), encoder=(16, 32, 64, 96), decoder=(96, 96, 64, 16), head=(16,)
+    labels=len(label_table()),
+    encoder=(16, 32, 64, 96),
+    decoder=(96, 96, 64, 16),
+    head=(16,),
+    attention=8,
 )
 # Hard Dice costs a twentieth of a step, so only some steps have it.
 _MEASURE_EVERY = 5
@@ -186,6 +190,25 @@ class Trainer:
         self.averaged.load_state_dict(state['averaged'])
         self.optimiser.load_state_dict(state['optimiser'])
         self.step = state['step']
+
+    def start_from(self, weights: Mapping[str, Tensor], /) -> None:
+        """Begin with other weights; what they lack keeps its own start.
+
+        Raises
+        ------
+        InputError
+            If a weight has another shape or is unknown here.
+        """
+        try:
+            missing, unknown = self.network.load_state_dict(dict(weights), strict=False)
+        except RuntimeError as e:
+            raise InputError(f'The weights to start from do not fit the network: {e}') from e
+        if unknown or len(missing) == len(self.network.state_dict()):
+            raise InputError(
+                'The weights to start from belong to another network: it has no '
+                f'{", ".join(unknown[:3]) or "layer in common"}.'
+            )
+        self.averaged.load_state_dict(self.network.state_dict())
 
     def save(self, name: str = 'checkpoint.pt') -> None:
         """Write the state; a kill at any moment leaves the old or the new one."""

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from babyseg_bids import __version__
@@ -54,6 +55,19 @@ def build_parser() -> argparse.ArgumentParser:
         action='append',
         metavar='SPACING:XxYxZ:STEPS:BATCH',
         help=f'one stage, repeatable, coarse to fine (default: {" ".join(DEFAULT_STAGES)})',
+    )
+    fit.add_argument(
+        '--start-from',
+        metavar='NAME|FILE',
+        help='model whose weights a new training starts with (default: random weights)',
+    )
+    fit.add_argument('--rate', type=float, default=1.5e-3, help='peak learning rate')
+    fit.add_argument(
+        '--scan-shares',
+        type=float,
+        nargs='+',
+        metavar='SHARE',
+        help='shares of samples with one, two, ... scans (default: as in the settings)',
     )
     fit.add_argument('--stop-at', type=int, help='stop at this step; a later call goes on')
     fit.add_argument('--threads', type=int, default=2, help='of the network (default: 2)')
@@ -129,15 +143,21 @@ def _prepare(args: argparse.Namespace) -> None:
 def _fit(args: argparse.Namespace) -> None:
     import torch
 
+    from babyseg_bids.network.weights import load_model
     from babyseg_bids.synthesis.maps import load_maps
     from babyseg_bids.synthesis.settings import load_settings
     from babyseg_bids.synthesis.train import HELD_OUT, Stage, Trainer, TrainingPlan
 
     stages = tuple(Stage.parse(s) for s in args.stage or DEFAULT_STAGES)
-    plan = TrainingPlan(stages, seed=args.seed, synthesis=load_settings(args.settings))
+    settings = load_settings(args.settings)
+    if args.scan_shares:
+        settings = replace(settings, group_shares=tuple(args.scan_shares))
+    plan = TrainingPlan(stages, seed=args.seed, rate=args.rate, synthesis=settings)
     maps = load_maps(args.maps, exclude=() if args.include_held_out else HELD_OUT)
     torch.set_num_threads(args.threads)
     trainer = Trainer(plan, args.out, device=args.device)
+    if args.start_from and trainer.step == 0:
+        trainer.start_from(load_model(args.start_from).network.state_dict())
     print(f'{len(maps)} maps; step {trainer.step} of {plan.steps}', flush=True)
     trainer.run(maps, workers=args.workers, stop=args.stop_at)
 

@@ -42,10 +42,38 @@ class GroupConv(nn.Module):
         if groups == 1:
             weight = (self.conv_b.weight + self.conv_m.weight) / 2
             bias = (self.conv_b.bias + self.conv_m.bias) / 2
-            return _CONV[self.dim](x[:, 0], weight, bias, padding=self.padding)[:, None]
+            only = x.squeeze(1)  # Indexing would lose the layout of the gradient.
+            return _CONV[self.dim](only, weight, bias, padding=self.padding).unsqueeze(1)
         each = self.conv_b(x.flatten(0, 1)).unflatten(0, (-1, groups))
         common = self.conv_m(x.mean(1))
         return (each + common[:, None]) / 2
+
+
+class ScanAttention(nn.Module):
+    """How much each scan counts at each voxel, from its own features and the group's mean.
+
+    The weights are a softmax over scans of a learned score, so they sum to one, follow a
+    permutation of the scans, and are one for a single scan. The score starts at zero, which is
+    the plain mean.
+
+    Parameters
+    ----------
+    dim : number of spatial dimensions, 1 to 3
+    channels : of the features
+    hidden : channels between features and score
+    """
+
+    def __init__(self, dim: int, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.hidden = GroupConv(dim, channels, hidden, kernel=1)
+        self.score = _CONV_MODULE[dim](hidden, 1, 1, bias=False)
+        nn.init.zeros_(self.score.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Weights (B, G, 1, *size) of features (B, G, C, *size)."""
+        hidden = F.elu(self.hidden(x))
+        score = self.score(hidden.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return score.softmax(1)
 
 
 class InstanceNorm(nn.Module):

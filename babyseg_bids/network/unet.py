@@ -12,6 +12,7 @@ from babyseg_bids.network.layers import (
     Activation,
     GroupConv,
     InstanceNorm,
+    ScanAttention,
     concatenate,
     max_pool,
     single_channel,
@@ -33,6 +34,7 @@ class NetworkConfig:
     repeats : convolutions a level
     dim : spatial dimensions
     norm : instance normalisation after each convolution but the last
+    attention : hidden channels of the scans' learned weights; 0 for their plain mean
     """
 
     labels: int
@@ -42,6 +44,7 @@ class NetworkConfig:
     repeats: int = 2
     dim: int = 3
     norm: bool = True
+    attention: int = 0
 
     def __post_init__(self) -> None:
         for name in ('encoder', 'decoder', 'head'):  # JSON gives lists.
@@ -93,6 +96,9 @@ class GroupUNet(nn.Module):
         for width, skip in zip(config.decoder, reversed(config.encoder), strict=True):
             self.dec.append(_level(config, channels, width))
             channels = width + skip
+        self.attention = None
+        if config.attention:
+            self.attention = ScanAttention(config.dim, channels, config.attention)
         head: list[nn.Module] = []
         for width in config.head:
             head.append(GroupConv(config.dim, channels, width))
@@ -127,9 +133,15 @@ class GroupUNet(nn.Module):
         for level in self.dec:
             x = upsample(level(x))
             x = concatenate(skips.pop(), x)
-        if x.shape[1] > 1:
-            x = x.mean(1, keepdim=True)
-        return self.add(x)[:, 0]
+        return self.add(self.merge(x)).squeeze(1)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Features (B, 1, C, *size) of all scans from those of each (B, G, C, *size)."""
+        if x.shape[1] == 1:
+            return x
+        if self.attention is None:
+            return x.mean(1, keepdim=True)
+        return (self.attention(x) * x).sum(1, keepdim=True)
 
 
 class _Posteriors(nn.Module):

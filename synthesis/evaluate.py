@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-import torch
 
 from babyseg_bids.labels import label_table
-from babyseg_bids.network.inference import predict
+from babyseg_bids.network.prediction import predict
 from babyseg_bids.network.weights import Model
 from babyseg_bids.synthesis.generator import draw_sample
 from babyseg_bids.synthesis.losses import hard_dice
@@ -57,8 +56,8 @@ def evaluate(
     for source in maps:
         for i in range(samples):
             sample = draw_sample([source, *donors], seed=seed + i, settings=settings)
-            with torch.inference_mode():
-                labels = predict(sample.images, model, both_sides=both_sides).argmax(0)
+            prediction = predict(sample.images, model, both_sides=both_sides)
+            labels = prediction.channels(sample.target.shape)
             dice = hard_dice(labels, sample.target, classes=len(table)).numpy()
             names = [r.abbreviation for r in table.rows]
             rows.append({'map': source.name, **dict(zip(names, dice, strict=True))})

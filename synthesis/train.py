@@ -28,6 +28,7 @@ DEFAULT_NETWORK = NetworkConfig(
     decoder=(96, 96, 64, 16),
     head=(16,),
     attention=8,
+    fine=(8, 16, 16),
 )
 # Hard Dice costs a twentieth of a step, so only some steps have it.
 _MEASURE_EVERY = 5
@@ -43,24 +44,29 @@ class Stage:
     spacing : voxel size, mm
     size : voxels, multiples of what the network asks for
     steps, batch : optimiser steps, and samples in each
+    fine : train the refinement too, which sees the images as they are and the U-Net halved;
+        else the U-Net alone sees them as they are
     """
 
     spacing: float
     size: tuple[int, int, int]
     steps: int
     batch: int
+    fine: bool = False
 
     @classmethod
     def parse(cls, text: str, /) -> 'Stage':
-        """Read `SPACING:XxYxZ:STEPS:BATCH`, for example `2.0:64x80x64:1500:2`."""
+        """Read `SPACING:XxYxZ:STEPS:BATCH[:fine]`, for example `2.0:64x80x64:1500:2`."""
         try:
-            spacing, size, steps, batch = text.split(':')
+            spacing, size, steps, batch, *kind = text.split(':')
+            if kind not in ([], ['fine']):
+                raise ValueError(kind)
             x, y, z = (int(n) for n in size.split('x'))
-            return cls(float(spacing), (x, y, z), int(steps), int(batch))
+            return cls(float(spacing), (x, y, z), int(steps), int(batch), bool(kind))
         except ValueError as e:
             raise UsageError(
-                f'{text!r} is not a training stage; write SPACING:XxYxZ:STEPS:BATCH, for example '
-                '2.0:64x80x64:1500:2.'
+                f'{text!r} is not a training stage; write SPACING:XxYxZ:STEPS:BATCH[:fine], '
+                'for example 2.0:64x80x64:1500:2.'
             ) from e
 
 
@@ -71,6 +77,7 @@ class TrainingPlan:
     Parameters
     ----------
     stages : in order
+    window : share of each axis that a fine stage computes its loss in
     rate : peak learning rate; it warms up, stays, and falls to zero over the last `decay` share
     average : decay of the exponential moving average of the weights
     """
@@ -84,13 +91,17 @@ class TrainingPlan:
     decay: float = 0.35
     average: float = 0.998
     clip: float = 1.0
+    window: float = 0.5
 
     def __post_init__(self) -> None:
         for stage in self.stages:
-            if any(n % self.network.multiple for n in stage.size):
+            if stage.fine and not self.network.fine:
+                raise UsageError('A training stage is fine, but the network has no refinement.')
+            multiple = 2 ** (len(self.network.encoder) + stage.fine)
+            if any(n % multiple for n in stage.size):
                 raise UsageError(
                     f'A training stage has the size {"x".join(map(str, stage.size))}; the network '
-                    f'needs multiples of {self.network.multiple}.'
+                    f'needs multiples of {multiple} there.'
                 )
 
     @property
@@ -229,8 +240,13 @@ class Trainer:
         rate = self.plan.rate_at(self.step)
         for group in self.optimiser.param_groups:
             group['lr'] = rate
-        logits = self.network(images.to(self.device))
-        target = target.to(self.device)
+        images, target = images.to(self.device), target.to(self.device)
+        if self.plan.stages[self.plan.stage_at(self.step)].fine:
+            window = self._window(target.shape[1:])
+            logits = self.network(images, window=window)
+            target = target[(..., *(slice(2 * w.start, 2 * w.stop) for w in window))]
+        else:
+            logits = self.network.coarse(images).logits
         loss = dice_cross_entropy(logits, target)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -244,6 +260,16 @@ class Trainer:
             prediction = logits.detach().argmax(1)
             dice = float(hard_dice(prediction, target, classes=logits.shape[1])[1:].nanmean())
         return float(loss.detach()), dice
+
+    def _window(self, size: Sequence[int], /) -> tuple[slice, ...]:
+        """A random part of a volume, in voxels of twice the size; the step alone decides it."""
+        generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.step)
+        window = []
+        for n in size:
+            width = round(self.plan.window * (n // 2))
+            start = int(torch.randint(n // 2 - width + 1, (), generator=generator))
+            window.append(slice(start, start + width))
+        return tuple(window)
 
     def _average(self) -> None:
         # Early on the average must follow quickly, or it would remember the random start.

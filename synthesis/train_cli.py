@@ -22,7 +22,7 @@ DEFAULT_STAGES = (
     '4.0:32x48x32:2500:2',
     '3.0:48x48x48:1500:2',
     '2.0:64x80x64:1500:2',
-    '1.5:80x96x80:800:1',
+    '1.0:128x160x128:1000:1:fine',
 )
 _SETTINGS = 'preset of the synthesis, or TOML file (see `babyseg-synth settings`)'
 
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     fit.add_argument(
         '--stage',
         action='append',
-        metavar='SPACING:XxYxZ:STEPS:BATCH',
+        metavar='SPACING:XxYxZ:STEPS:BATCH[:fine]',
         help=f'one stage, repeatable, coarse to fine (default: {" ".join(DEFAULT_STAGES)})',
     )
     fit.add_argument(
@@ -199,8 +199,14 @@ def _export(args: argparse.Namespace) -> None:
     if not checkpoint.exists():
         raise InputError(f'{checkpoint} does not exist; train with `babyseg-train fit` first.')
     state = torch.load(checkpoint, map_location='cpu', weights_only=True)
-    network = GroupUNet(NetworkConfig(**state['network_config']))
-    network.load_state_dict(state['averaged'])
+    config = NetworkConfig(**state['network_config'])
+    weights = state['averaged']
+    if not any(stage.get('fine') for stage in state['stages']):
+        # A refinement that was never trained changes nothing but the voxel size.
+        config = replace(config, fine=())
+        weights = {k: v for k, v in weights.items() if not k.startswith('fine.')}
+    network = GroupUNet(config)
+    network.load_state_dict(weights)
     training = {'steps': state['step'], 'stages': state['stages']}
     save_model(
         args.out,

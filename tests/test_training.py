@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,9 @@ def test_hard_dice_counts_overlap():
 
 def test_stages_are_read_and_wrong_ones_named():
     assert Stage.parse('2.0:64x80x64:10:2') == Stage(2.0, (64, 80, 64), 10, 2)
+    assert Stage.parse('1.0:64x80x64:10:2:fine').fine
+    with pytest.raises(UsageError, match='coarse'):
+        Stage.parse('1.0:64x80x64:10:2:coarse')
     with pytest.raises(UsageError, match=r'2\.0:64:10'):
         Stage.parse('2.0:64:10')
 
@@ -62,6 +67,32 @@ def test_default_stages_fit_the_network_and_others_are_refused():
     assert TrainingPlan(stages).steps == sum(s.steps for s in stages)
     with pytest.raises(UsageError, match='40x48x40; the network needs multiples of 16'):
         TrainingPlan((Stage(4.0, (40, 48, 40), 1, 1),))
+
+
+def test_a_fine_stage_trains_the_refinement_and_needs_one(tmp_path):
+    stage = Stage(4.0, (16, 24, 16), 2, 1, fine=True)
+    with pytest.raises(UsageError, match='no refinement'):
+        TrainingPlan((stage,), network=NETWORK)
+    plan = TrainingPlan((stage,), network=replace(NETWORK, fine=(2, 4)), warmup=1)
+    trainer = Trainer(plan, tmp_path)
+    before = {k: v.clone() for k, v in trainer.network.state_dict().items()}
+    trainer.run([phantom(3)], workers=0)
+    changed = {k for k, v in trainer.network.state_dict().items() if not torch.equal(v, before[k])}
+    assert any(k.startswith('fine.scan') for k in changed)
+    assert any(k.startswith('enc.0') for k in changed)
+
+
+def test_a_training_may_start_from_a_model_that_lacks_layers(tmp_path):
+    first = Trainer(PLAN, tmp_path / 'a')
+    plan = replace(PLAN, network=replace(NETWORK, attention=4, fine=(2, 4)))
+    second = Trainer(plan, tmp_path / 'b')
+    second.start_from(first.network.state_dict())
+    for name, weight in first.network.state_dict().items():
+        assert torch.equal(second.averaged.state_dict()[name], weight)
+    with pytest.raises(InputError, match='do not fit'):
+        second.start_from({'enc.0.0.conv_b.weight': torch.zeros(1)})
+    with pytest.raises(InputError, match='another network'):
+        second.start_from({'other': torch.zeros(1)})
 
 
 def test_the_rate_warms_up_and_ends_at_zero():

@@ -70,7 +70,7 @@ def test_a_loss_beyond_the_tolerance_is_worse(guards, worse):
 def test_the_command_writes_the_model_only_if_it_is_not_worse(
     model, corrections, tmp_path, monkeypatch, capsys, worse
 ):
-    def judged(model, corrections, *args, **kwargs):
+    def judged(model, *_, **__):
         return model, Comparison((0.7, 0.6) if worse else (0.7, 0.7), (0.5, 0.6))
 
     monkeypatch.setattr(module, 'finetune', judged)

@@ -96,7 +96,7 @@ def segment(
             prepared, grid = _prepare(scans, model, where)
             order = _fixed_order(prepared)
             result = predict(prepared[order], model, device=where, either_way=True)
-            posteriors, turned = result.posteriors, result.turned
+            posteriors, turned, where = result.posteriors, result.turned, result.device
             grid = grid.part(result.box)
             weights[order] = result.scan_weights.cpu().numpy()
             remove_islands(posteriors)

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from babyseg_bids.errors import ModelError
-from babyseg_bids.network.layers import GroupConv, InstanceNorm, concatenate, max_pool, upsample
+from babyseg_bids.network.layers import (
+    Activation,
+    GroupConv,
+    InstanceNorm,
+    concatenate,
+    flat,
+    max_pool,
+    upsample,
+)
 from babyseg_bids.network.unet import (
     GroupUNet,
     NetworkConfig,
@@ -97,14 +105,25 @@ def test_gradients_do_not_depend_on_the_memory_layout(batch, scans):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
 
 
-def test_layers_keep_the_channels_last_layout():
-    network = small(3).to(memory_format=torch.channels_last_3d)
-    layouts = []
-    for module in network.modules():
-        if isinstance(module, InstanceNorm):
-            module.register_forward_hook(lambda *call: layouts.append(call[2].flatten(0, 1)))
-    network(torch.rand(2, 1, 16, 16, 16))
-    assert all(x.is_contiguous(memory_format=torch.channels_last_3d) for x in layouts)
+@pytest.mark.parametrize(
+    ('batch', 'scans', 'learning'),
+    [(1, 1, False), (1, 2, False), (2, 1, False), (2, 1, True), (2, 2, True)],
+)
+def test_layers_keep_the_channels_last_layout(batch, scans, learning):
+    config = NetworkConfig(28, (8, 16), (16, 8), (16,), attention=8, fine=(8, 16))
+    network = GroupUNet(config).to(memory_format=torch.channels_last_3d)
+    lost = []
+
+    def look(name, result):
+        if not flat(result).is_contiguous(memory_format=torch.channels_last_3d):
+            lost.append(name)
+
+    for name, module in network.named_modules():
+        if isinstance(module, GroupConv | InstanceNorm | Activation):
+            module.register_forward_hook(lambda m, i, result, name=name: look(name, result))
+    with torch.set_grad_enabled(learning):
+        network(torch.rand(batch, scans, 16, 16, 16))
+    assert not lost
 
 
 def test_a_size_that_does_not_fit_is_named():

@@ -15,6 +15,18 @@ _MEAN_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _LINEAR = {1: 'linear', 2: 'bilinear', 3: 'trilinear'}
 
 
+def flat(x: Tensor, /) -> Tensor:
+    """(B, G, C, *size) as (B * G, C, *size)."""
+    # Flattening a dimension of length one leaves a stride by which torch no longer knows the
+    # channels-last layout, and every layer would convert.
+    return x.squeeze(1) if x.shape[1] == 1 else x.flatten(0, 1)
+
+
+def grouped(x: Tensor, groups: int, /) -> Tensor:
+    """(B * G, C, *size) as (B, G, C, *size)."""
+    return x.unsqueeze(1) if groups == 1 else x.unflatten(0, (-1, groups))
+
+
 class GroupConv(nn.Module):
     """Group convolution with cross-talk between scans (BabySeg, arXiv 2512.05114).
 
@@ -32,22 +44,19 @@ class GroupConv(nn.Module):
     def __init__(self, dim: int, inputs: int, outputs: int, *, kernel: int = 3) -> None:
         super().__init__()
         conv = _CONV_MODULE[dim]
-        self.dim = dim
-        self.padding = kernel // 2
-        self.conv_b = conv(inputs, outputs, kernel, padding=self.padding)
-        self.conv_m = conv(inputs, outputs, kernel, padding=self.padding)
+        self.conv_b = conv(inputs, outputs, kernel, padding=kernel // 2)
+        self.conv_m = conv(inputs, outputs, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, G, C, *size) to (B, G, outputs, *size)."""
         groups = x.shape[1]
+        own, common = self.conv_b, self.conv_m
         if groups == 1:
-            weight = (self.conv_b.weight + self.conv_m.weight) / 2
-            bias = (self.conv_b.bias + self.conv_m.bias) / 2
-            only = x.squeeze(1)  # Indexing would lose the layout of the gradient.
-            return _CONV[self.dim](only, weight, bias, padding=self.padding).unsqueeze(1)
-        each = self.conv_b(x.flatten(0, 1)).unflatten(0, (-1, groups))
-        common = self.conv_m(x.mean(1))
-        return (each + common[:, None]) / 2
+            weight, bias = (own.weight + common.weight) / 2, (own.bias + common.bias) / 2
+            return grouped(convolve(flat(x), weight, bias), 1)
+        each = grouped(convolve(flat(x), own.weight, own.bias), groups)
+        mean = convolve(x.mean(1), common.weight, common.bias)
+        return (each + mean[:, None]) / 2
 
 
 class ScanAttention(nn.Module):
@@ -73,8 +82,7 @@ class ScanAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Weights (B, G, 1, *size) of features (B, G, C, *size)."""
         hidden = F.elu(self.hidden(x))
-        score = self.score(hidden.flatten(0, 1)).unflatten(0, x.shape[:2])
-        return score.softmax(1)
+        return grouped(self.score(flat(hidden)), x.shape[1]).softmax(1)
 
 
 class InstanceNorm(nn.Module):
@@ -93,8 +101,8 @@ class InstanceNorm(nn.Module):
         """(B, G, C, *size) to the same shape."""
         # One group a channel is instance normalisation. Unlike `F.instance_norm` this keeps the
         # channels-last layout, and unlike `F.batch_norm` its gradient is right in it.
-        flat = torch.group_norm(x.flatten(0, 1), x.shape[2], self.weight, self.bias, self.eps)
-        return flat.unflatten(0, x.shape[:2])
+        y = torch.group_norm(flat(x), x.shape[2], self.weight, self.bias, self.eps)
+        return grouped(y, x.shape[1])
 
 
 class Activation(nn.Module):
@@ -108,9 +116,27 @@ class Activation(nn.Module):
         return F.elu(x, inplace=not torch.is_grad_enabled())
 
 
+def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolve (B, C, *size) with a kernel (outputs, C, width, ...), 'same' padding."""
+    dim, width = x.ndim - 2, weight.shape[-1]
+    if width == 1:
+        # torch's convolution would convert layouts.
+        return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+    padding = width // 2
+    if (
+        torch.is_grad_enabled()
+        or x.device.type != 'cpu'
+        or not torch.backends.mkldnn.is_available()
+    ):
+        return _CONV[dim](x, weight, bias, padding=padding)
+    # For a single image with few channels torch would choose a slow convolution that leaves the
+    # channels-last layout.
+    return torch.mkldnn_convolution(x, weight, bias, [padding] * dim, [1] * dim, [1] * dim, 1)
+
+
 def max_pool(x: Tensor, /) -> Tensor:
     """Halve (B, G, C, *size) along every spatial dimension by the maximum of each 2-wide block."""
-    return _MAX_POOL[x.ndim - 3](x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
+    return grouped(_MAX_POOL[x.ndim - 3](flat(x), 2), x.shape[1])
 
 
 def halve(x: Tensor, /) -> Tensor:
@@ -120,17 +146,14 @@ def halve(x: Tensor, /) -> Tensor:
 
 def upsample(x: Tensor, /) -> Tensor:
     """Double (B, G, C, *size) along every spatial dimension, (bi-/tri-)linearly."""
-    flat = F.interpolate(
-        x.flatten(0, 1), scale_factor=2, mode=_LINEAR[x.ndim - 3], align_corners=False
-    )
-    return flat.unflatten(0, x.shape[:2])
+    y = F.interpolate(flat(x), scale_factor=2, mode=_LINEAR[x.ndim - 3], align_corners=False)
+    return grouped(y, x.shape[1])
 
 
 def concatenate(*tensors: Tensor) -> Tensor:
     """Join tensors (B, G, C_i, *size) along the channels."""
     # Concatenating six dimensions would lose the channels-last layout of the scans.
-    flat = torch.cat([t.flatten(0, 1) for t in tensors], dim=1)
-    return flat.unflatten(0, tensors[0].shape[:2])
+    return grouped(torch.cat([flat(t) for t in tensors], dim=1), tensors[0].shape[1])
 
 
 def single_channel(x: Tensor, /) -> Tensor:

@@ -262,7 +262,7 @@ class GroupUNet(nn.Module):
         last: GroupConv = self.add[-1]  # type: ignore[assignment]
         known, change = self.fine(x, coarse)
         # Up-sampling and the last layer commute: it is cheaper to up-sample the few features.
-        return (last(known) + change).squeeze(1)
+        return last(known).add_(change).squeeze(1)
 
     def _run(self, level: nn.Module, x: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():

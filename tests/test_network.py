@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -114,13 +115,13 @@ def test_layers_keep_the_channels_last_layout(batch, scans, learning):
     network = GroupUNet(config).to(memory_format=torch.channels_last_3d)
     lost = []
 
-    def look(name, result):
+    def look(name, _module, _arguments, result):
         if not flat(result).is_contiguous(memory_format=torch.channels_last_3d):
             lost.append(name)
 
     for name, module in network.named_modules():
         if isinstance(module, GroupConv | InstanceNorm | Activation):
-            module.register_forward_hook(lambda m, i, result, name=name: look(name, result))
+            module.register_forward_hook(partial(look, name))
     with torch.set_grad_enabled(learning):
         network(torch.rand(batch, scans, 16, 16, 16))
     assert not lost

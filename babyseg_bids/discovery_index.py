@@ -246,8 +246,7 @@ def _wanted(files: list[str]) -> list[str]:
     return [
         f
         for f in files
-        if in_anat.fullmatch(f)
-        or (beside.fullmatch(f) and looks_like_image(f.rpartition('/')[2]))
+        if in_anat.fullmatch(f) or (beside.fullmatch(f) and looks_like_image(f.rpartition('/')[2]))
     ]
 
 

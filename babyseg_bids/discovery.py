@@ -6,6 +6,7 @@ rules by which scans and the reference are chosen.
 """
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -275,6 +276,14 @@ def _check_dataset(bids_dir: Path) -> list[Flag]:
     elif description.content.get('DatasetType') == 'derivative':
         message = 'The dataset says that it is a derivative; babyseg is made for raw scans.'
         flags.append(Flag('dataset-derivative', 'warning', message))
+    odd = sorted(n for n in names if re.match(r'(?i)sub[-_ ]?[a-z0-9]*[0-9]', n))
+    odd = [n for n in odd if not n.startswith('sub-') and (bids_dir / n).is_dir()]
+    if odd:
+        message = (
+            f'The dataset has folders that are not named sub-<label> and were not looked at: '
+            f'{_some(odd)}. Rename those that are subjects.'
+        )
+        flags.append(Flag('folder-name', 'warning', message))
     for name in sorted(n for n in names if n.upper() in ('README', 'README.MD', 'README.TXT')):
         if problem := file_problem(bids_dir / name):
             flags.append(Flag('dataset-readme', 'info', f'{name}: {problem}.'))

@@ -122,20 +122,24 @@ def anat_files(bids_dir: Path, participants: Sequence[str] = ()) -> Iterator[str
         name for name, _ in _entries(bids_dir) if name.startswith('sub-')
     ]
     for subject in subjects:
-        folders = [subject]
-        for name, is_folder in _entries(bids_dir / subject):
+        inside = _entries(bids_dir / subject)
+        yield from _anat_in(bids_dir, subject, inside)
+        for name, is_folder in inside:
             if is_folder and name.startswith('ses-'):
-                folders.append(f'{subject}/{name}')
-            elif looks_like_image(name):
-                yield f'{subject}/{name}'
-        for folder in folders:
-            if folder != subject:
-                beside = _entries(bids_dir / folder)
-                yield from (f'{folder}/{n}' for n, _ in beside if looks_like_image(n))
-            for name, is_folder in _entries(bids_dir / folder / 'anat'):
-                wanted = not is_folder and not name.endswith('.json')
-                if wanted or looks_like_image(name):
-                    yield f'{folder}/anat/{name}'
+                folder = f'{subject}/{name}'
+                yield from _anat_in(bids_dir, folder, _entries(bids_dir / folder))
+
+
+def _anat_in(bids_dir: Path, folder: str, inside: list[tuple[str, bool]]) -> Iterator[str]:
+    """`anat_files` of one session or of one subject without sessions."""
+    for name, is_folder in inside:
+        if not is_folder and looks_like_image(name):
+            yield f'{folder}/{name}'
+        elif is_folder and name.lower() == 'anat':
+            # Anat or ANAT is a slip, which the ledger names.
+            for file, is_inner in _entries(bids_dir / folder / name):
+                if looks_like_image(file) or not (is_inner or file.endswith('.json')):
+                    yield f'{folder}/{name}/{file}'
 
 
 def _entries(folder: Path) -> list[tuple[str, bool]]:
@@ -241,7 +245,7 @@ def _paths(connection: Any, root: str) -> list[str]:
 def _wanted(files: list[str]) -> list[str]:
     """What `anat_files` finds: an index that was made elsewhere lists far more."""
     folder = r'sub-[^/]+/(?:ses-[^/]+/)?'
-    in_anat = re.compile(rf'{folder}anat/[^/.][^/]*(?<!\.json)', re.DOTALL)
+    in_anat = re.compile(rf'{folder}(?i:anat)/[^/.][^/]*(?<!\.json)', re.DOTALL)
     beside = re.compile(rf'{folder}[^/]*', re.DOTALL)
     return [
         f

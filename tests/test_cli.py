@@ -537,7 +537,8 @@ def test_steps_belong_to_the_session_with_the_longest_matching_name() -> None:
 
 def test_a_session_is_over_when_all_its_steps_are_or_one_failed() -> None:
     steps = [f'babyseg_wf.sub_{s}_wf.{n}' for s in '12' for n in ('align', 'segment', 'write')]
-    tracker = progress.Tracker([session('1'), session('2')], steps)
+    tracker = progress.Tracker(2)
+    tracker.begin([session('1'), session('2')], steps)
     assert tracker.remaining() is None
     assert [tracker.update(s, 'end') for s in steps[:3]] == [None, None, 'sub-1']
     assert tracker.share == pytest.approx(0.5)

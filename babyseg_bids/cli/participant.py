@@ -9,7 +9,7 @@ from rich.console import Console
 from babyseg_bids import messages
 from babyseg_bids.cli import checks
 from babyseg_bids.cli.environment import prepare_environment
-from babyseg_bids.cli.progress import error_console
+from babyseg_bids.cli.progress import duration, error_console
 from babyseg_bids.cli.scratch import scratch_folder
 from babyseg_bids.cli.verdicts import Fate, conclude, judge, stamp
 from babyseg_bids.errors import NoInputError
@@ -189,6 +189,24 @@ def _show_plan(
     console.print(tables.plan_table(sessions, fates))
     for line in tables.notes(sessions, everything=settings.verbose > 0):
         tables.print_line(console, line)
+    groups: dict[str, list[SessionInputs]] = {messages.TO_DO: [], messages.SKIPPED: []}
+    for session in sessions:
+        groups.setdefault(fates[session.name], []).append(session)
+    if to_do := groups[messages.TO_DO]:
+        from babyseg_bids.cli.estimate import estimate
+        from babyseg_bids.cli.execution import decide_resources
+
+        shares = decide_resources(settings, len(to_do))[1]
+        needs = estimate(to_do, groups[messages.SKIPPED], settings, shares)
+        time = (duration(needs.seconds), duration(needs.each), needs.known)
+        disk_mb = needs.disk_bytes / 1e6
+        sentence = messages.estimate(
+            needs.sessions, shares.at_once, time, needs.memory_gb, disk_mb,
+            more=settings.save_probabilities,
+        )  # fmt: skip
+        tables.print_line(console, sentence)
+    counts = ((name, len(group)) for name, group in groups.items())
+    tables.print_line(console, messages.plan_counts(counts))
     if any(s.ledger for s in sessions):
         return
     raise NoInputError(messages.all_empty(len(sessions), str(settings.bids_dir)))

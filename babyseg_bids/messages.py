@@ -337,7 +337,9 @@ def estimate(
 ) -> str:
     """What the sessions to do would take; `time` is that of all, of one, and where it is from."""
     whole, one, known = time
-    source = f'the network alone, as in {known} finished here' if known else 'as measured on 2 processors'
+    source = 'as measured on 2 processors'
+    if known:
+        source = f'the network alone, as in {known} finished here'
     disk = f'{disk_mb:.0f} MB' if disk_mb < 1000 else f'{disk_mb / 1000:.1f} GB'
     probabilities = ', and more for the probabilities' if more else ''
     return (

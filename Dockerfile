@@ -42,6 +42,7 @@ COPY --from=build /opt/babyseg /opt/babyseg
 ENV PATH=/opt/babyseg/bin:$PATH \
     LC_ALL=C.UTF-8 \
     NO_ET=1 \
+    BABYSEG_IMAGE=babyseg:${VERSION} \
     MPLBACKEND=Agg \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONNOUSERSITE=1 \

@@ -1,5 +1,6 @@
 """Find the rows of scans.tsv, sessions.tsv and participants.tsv that speak of one session."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +18,7 @@ from babyseg_bids.age_columns import (
 )
 from babyseg_bids.files import natural_key
 from babyseg_bids.records import Flag
-from babyseg_bids.tables import Table, is_missing, read_json, read_table
+from babyseg_bids.tables import JsonFile, Table, is_missing, read_json, read_table
 
 Rows = tuple[list['Row'], list[Flag]]
 
@@ -76,6 +77,7 @@ class DatasetTables:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._tops: dict[str, JsonFile] = {}
 
     # --- scans.tsv -------------------------------------------------------------------------
 
@@ -87,7 +89,7 @@ class DatasetTables:
         rows: list[Row] = []
         flags: list[Flag] = []
         for folder in folders:
-            for path in self._glob(folder, '*scans.tsv'):
+            for path in self._listed(folder, 'scans.tsv'):
                 more, new = self._rows_for_images(path, images, folder)
                 rows += more
                 flags += new
@@ -98,9 +100,8 @@ class DatasetTables:
         folder = self._session_folder(subject, session)
         rows: list[Row] = []
         flags: list[Flag] = []
-        for path in self._glob(folder / 'anat', '*.tsv'):
-            if not path.name.endswith(('scans.tsv', 'sessions.tsv', 'participants.tsv')):
-                continue
+        kinds = ('scans.tsv', 'sessions.tsv', 'participants.tsv')
+        for path in self._listed(folder / 'anat', *kinds):
             message = (
                 f'{self._name(path)} lies in an anat folder, where BIDS does not look for it. '
                 'It was only compared with the tables at their right place; move or delete it.'
@@ -188,7 +189,7 @@ class DatasetTables:
         flags: list[Flag] = []
         if session is None:
             return rows, flags
-        for path in self._glob(PurePosixPath(f'sub-{subject}'), '*sessions.tsv'):
+        for path in self._listed(PurePosixPath(f'sub-{subject}'), 'sessions.tsv'):
             table = read_table(path)
             flags += self._table_flags(table)
             column = first_column(table.columns, SESSION_COLUMNS)
@@ -329,14 +330,22 @@ class DatasetTables:
         folder = path.parent
         while folder != self.root:
             folder = folder.parent
-            names += [folder / f'{folder.name}_{kind}.json', folder / f'{kind}.json']
+            if folder != self.root:
+                names.append(folder / f'{folder.name}_{kind}.json')
+            names.append(folder / f'{kind}.json')
         merged: dict[str, Any] = {}
         used = ''
         for name in names:
-            content = read_json(name).content
+            content = (self._top(kind) if name.parent == self.root else read_json(name)).content
             used = used or (self._name(name) if content else '')
             merged = {**content, **merged}
         return merged, used
+
+    def _top(self, kind: str) -> JsonFile:
+        """The description at the top of the dataset, which every session asks for."""
+        if kind not in self._tops:
+            self._tops[kind] = read_json(self.root / f'{kind}.json')
+        return self._tops[kind]
 
     def _table_flags(self, table: Table) -> list[Flag]:
         """The problems of a table and of its own sidecar."""
@@ -357,15 +366,14 @@ class DatasetTables:
         folder = PurePosixPath(f'sub-{subject}')
         return folder / f'ses-{session}' if session is not None else folder
 
-    def _glob(self, folder: PurePosixPath, pattern: str) -> list[Path]:
+    def _listed(self, folder: PurePosixPath, *endings: str) -> list[Path]:
         """Files of one folder in natural order, hidden ones left out; none if it is unreadable."""
         try:
-            found = [p for p in (self.root / folder).iterdir() if p.match(pattern)]
+            names = os.listdir(self.root / folder)  # noqa: PTH208 - every session asks this.
         except OSError:
             return []
-        return sorted(
-            (p for p in found if not p.name.startswith('.')), key=lambda p: natural_key(p.name)
-        )
+        found = [n for n in names if n.endswith(endings) and not n.startswith('.')]
+        return [self.root / folder / name for name in sorted(found, key=natural_key)]
 
     def _exists(self, relative: PurePosixPath) -> bool:
         return self._exists_path(self.root / relative)

@@ -1,4 +1,17 @@
-"""The methods text and the references, ready to paste into a paper."""
+"""The methods text and the references, ready to paste into a paper.
+
+They are put together from what a run does: a study without a second scan in any session is not
+told of an alignment.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from babyseg_bids import __version__
+from babyseg_bids.labels import is_official
+from babyseg_bids.records import SessionInputs
+from babyseg_bids.settings import Settings
 
 BIBLIOGRAPHY = """@article{hoffmann2025babyseg,
   title = {Deep infant brain segmentation from multi-contrast MRI},
@@ -55,24 +68,52 @@ ALIGNMENT = (
 SEGMENTATION = (
     'All scans of a session were segmented jointly with a group-convolution U-Net (BabySeg; '
     'Hoffmann et al., 2025) that was trained on synthetic images only and takes any number of '
-    'scans of any contrast. Posterior probabilities were interpolated to the grid of the '
-    'reference scan, where each voxel received the most probable of 27 structures; its '
-    'uncertainty is one minus that probability. '
+    'scans of any contrast{weights}. Posterior probabilities were interpolated to the grid of the '
+    'reference scan, where each voxel received the most probable structure; its uncertainty is '
+    'one minus that probability. '
 )
 MEASURES = (
     "A structure's volume is the sum of its posterior probabilities times the volume of a voxel. "
     'The sum over structures is the segmented brain volume. '
 )
-REFERENCES = """
+REFERENCES = {
+    'avants2011ants': 'Avants et al. (2011). A reproducible evaluation of ANTs similarity metric '
+    'performance in brain image registration. NeuroImage 54(3), 2033-2044.',
+    'gorgolewski2011nipype': 'Gorgolewski et al. (2011). Nipype: a flexible, lightweight and '
+    'extensible neuroimaging data processing framework in Python. Frontiers in Neuroinformatics '
+    '5, 13.',
+    'gorgolewski2016bids': 'Gorgolewski et al. (2016). The brain imaging data structure, a '
+    'format for organizing and describing outputs of neuroimaging experiments. Scientific Data 3, '
+    '160044.',
+    'hoffmann2025babyseg': 'Hoffmann, Zöllei and Dalca (2025). Deep infant brain segmentation '
+    'from multi-contrast MRI. arXiv:2512.05114.',
+}
 
-## References
 
-- Avants et al. (2011). A reproducible evaluation of ANTs similarity metric performance in brain
-  image registration. NeuroImage 54(3), 2033-2044.
-- Gorgolewski et al. (2011). Nipype: a flexible, lightweight and extensible neuroimaging data
-  processing framework in Python. Frontiers in Neuroinformatics 5, 13.
-- Gorgolewski et al. (2016). The brain imaging data structure, a format for organizing and
-  describing outputs of neuroimaging experiments. Scientific Data 3, 160044.
-- Hoffmann, Zöllei and Dalca (2025). Deep infant brain segmentation from multi-contrast MRI.
-  arXiv:2512.05114.
-"""
+def methods(sessions: Sequence[SessionInputs], settings: Settings, /) -> str:
+    """What was done to sessions, with the references.
+
+    Many runs and batches write into one output folder: what its text already says of an alignment
+    stays, since the results that it speaks of do.
+    """
+    try:
+        before = (settings.output_dir / 'logs' / 'CITATION.md').read_text('utf-8')
+    except OSError:
+        before = ''
+    aligned = any(len(s.scans) > 1 for s in sessions) or ALIGNMENT in before
+    weights = ''
+    if is_official(settings.model):
+        weights = ', with the weights that its authors published'
+    elif settings.model != 'default':
+        weights = f', with the weights of the file {Path(settings.model).name}'
+    text = INTRODUCTION.format(version=__version__) + ALIGNMENT * aligned
+    text += SEGMENTATION.format(weights=weights) + MEASURES
+    cited = [line for key, line in REFERENCES.items() if aligned or not key.startswith('avants')]
+    return f'{text.rstrip()}\n\n## References\n\n' + ''.join(f'- {c}\n' for c in cited)
+
+
+def bibliography(text: str, /) -> str:
+    """The BibTeX entries of the references in a methods text."""
+    entries = re.split(r'(?=^@)', BIBLIOGRAPHY, flags=re.MULTILINE)
+    keys = [key for key, line in REFERENCES.items() if line in text]
+    return ''.join(e for e in entries if any(f'{{{key},' in e for key in keys))

@@ -6,7 +6,8 @@ rules by which scans and the reference are chosen.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from babyseg_bids.discovery_names import KNOWN_CONTRASTS, Named, classify
 from babyseg_bids.errors import NoInputError, UsageError
 from babyseg_bids.files import file_problem, natural_key
 from babyseg_bids.preflight import ImageCheck, check_image
-from babyseg_bids.records import Age, Flag, LedgerRow, Scan, SessionInputs
+from babyseg_bids.records import Age, Flag, LedgerRow, SessionInputs
 from babyseg_bids.shares import ArrayTask, count_sessions, share
 from babyseg_bids.tables import read_json
 
@@ -99,53 +100,124 @@ def find_sessions(
     NoInputError
         Nothing matches; says what was looked for and what exists.
     """
-    bids_dir = Path(bids_dir).absolute()
-    dataset_flags = _check_dataset(bids_dir)
-    participants = _labels(participants, 'sub-')
-    sessions = _labels(sessions, 'ses-')
-    wanted_contrasts = _contrasts(contrasts)
-    preferences = check_reference(reference)
-    check_filters(filters)
-    if groups := unknown_groups(filters):
-        _log.info('Filters that concern no anatomical image: %s', ', '.join(groups))
+    return Search(
+        bids_dir,
+        participants=participants,
+        sessions=sessions,
+        contrasts=contrasts,
+        filters=filters,
+        reference=reference,
+        ages=ages,
+        database_dir=database_dir,
+        task=task,
+    ).inspect(check_images=check_images)
 
-    subjects = participants
-    if task is not None:
-        subjects = _share(bids_dir, task, participants, sessions)
-        if not subjects:
-            return []
-        participants = tuple(p for p in participants if p in subjects)
-    files = list_anat_files(bids_dir, subjects, database_dir=database_dir)
-    grouped = _group(files, wanted_contrasts)
-    chosen = {key: found for key, found in grouped.items() if not sessions or key[1] in sessions}
-    # What one task does not find, another one may.
-    if task is None:
-        if not chosen:
-            raise NoInputError(_nothing_found(bids_dir, participants, sessions, grouped))
-        _warn_unmatched(bids_dir, sessions, chosen, ages)
 
-    tables = DatasetTables(bids_dir)
-    dataset_flags += tables.dataset_flags()
-    counts: dict[str, int] = {}
-    for subject, _ in grouped:
-        counts[subject] = counts.get(subject, 0) + 1
-    result, checks = [], {}
-    for (subject, session), found in chosen.items():
-        choice = _choose(
-            found, bids_dir, filters, preferences, check_image if check_images else None
-        )
-        images = [s.relative_path for s in choice.scans]
-        images += [n.relative_path for n in found if n.relative_path not in images]
-        age, age_flags = resolve_age(
-            tables, subject, session, images, n_sessions=counts[subject], overrides=ages
-        )
-        flags = (*choice.flags, *age_flags, *dataset_flags)
-        result.append(
-            SessionInputs(subject, session, tuple(choice.scans), age, tuple(choice.ledger), flags)
-        )
-        checks.update(choice.checks)
-    result += _absent(participants, grouped)
-    return _flag_copies(sorted(result, key=_order), checks)
+class Search:
+    """A dataset whose files are listed; its images are read for those sessions that are asked for.
+
+    Reading the images of thousands of sessions takes hours: the first ones can be segmented long
+    before the last ones are read.
+
+    Parameters
+    ----------
+    bids_dir : Path
+        The dataset; the others are those of `find_sessions`, which says what is raised.
+
+    Attributes
+    ----------
+    keys : tuple of (subject, session)
+        What there is to inspect, in natural order. A requested participant without any image is
+        there with the session None.
+    """
+
+    def __init__(
+        self,
+        bids_dir: Path,
+        *,
+        participants: Sequence[str] = (),
+        sessions: Sequence[str] = (),
+        contrasts: Sequence[str] = (),
+        filters: Mapping[str, Any] | None = None,
+        reference: str | None = None,
+        ages: AgeOverrides | None = None,
+        database_dir: Path | None = None,
+        task: ArrayTask | None = None,
+    ) -> None:
+        self._bids_dir = bids_dir = Path(bids_dir).absolute()
+        self._dataset_flags = _check_dataset(bids_dir)
+        participants = _labels(participants, 'sub-')
+        sessions = _labels(sessions, 'ses-')
+        wanted_contrasts = _contrasts(contrasts)
+        self._preferences = check_reference(reference)
+        check_filters(filters)
+        if groups := unknown_groups(filters):
+            _log.info('Filters that concern no anatomical image: %s', ', '.join(groups))
+        self._filters, self._ages = filters, ages
+        self._found: dict[Key, list[Named]] = {}
+        self._counts: dict[str, int] = {}
+        self._copies = _Copies()
+        self.keys: tuple[Key, ...] = ()
+
+        subjects = participants
+        if task is not None:
+            subjects = _share(bids_dir, task, participants, sessions)
+            if not subjects:
+                return
+            participants = tuple(p for p in participants if p in subjects)
+        files = list_anat_files(bids_dir, subjects, database_dir=database_dir)
+        grouped = _group(files, wanted_contrasts)
+        self._found = {
+            k: found for k, found in grouped.items() if not sessions or k[1] in sessions
+        }
+        # What one task does not find, another one may.
+        if task is None:
+            if not self._found:
+                raise NoInputError(_nothing_found(bids_dir, participants, sessions, grouped))
+            _warn_unmatched(bids_dir, sessions, self._found, ages)
+        for subject, _ in grouped:
+            self._counts[subject] = self._counts.get(subject, 0) + 1
+        absent: list[Key] = [(p, None) for p in participants if p not in self._counts]
+        self.keys = tuple(sorted([*self._found, *absent], key=_order))
+        self._tables = DatasetTables(bids_dir)
+        self._dataset_flags += self._tables.dataset_flags()
+
+    def inspect(
+        self, keys: Iterable[Key] | None = None, *, check_images: bool = True
+    ) -> list[SessionInputs]:
+        """Read the images of some sessions, of all when `keys` is None, and choose among them.
+
+        A copy of an image is also found among the sessions that were inspected before, whose
+        records stay as they were given.
+        """
+        result, checks = [], {}
+        for subject, session in self.keys if keys is None else keys:
+            found = self._found.get((subject, session))
+            if found is None:
+                result.append(_absent(subject))
+                continue
+            choice = _choose(
+                found,
+                self._bids_dir,
+                self._filters,
+                self._preferences,
+                check_image if check_images else None,
+            )
+            images = [s.relative_path for s in choice.scans]
+            images += [n.relative_path for n in found if n.relative_path not in images]
+            age, age_flags = resolve_age(
+                self._tables,
+                subject,
+                session,
+                images,
+                n_sessions=self._counts[subject],
+                overrides=self._ages,
+            )
+            flags = (*choice.flags, *age_flags, *self._dataset_flags)
+            scans, ledger = tuple(choice.scans), tuple(choice.ledger)
+            result.append(SessionInputs(subject, session, scans, age, ledger, flags))
+            checks.update(choice.checks)
+        return self._copies.flag(result, checks)
 
 
 def ledger_rows(sessions: Iterable[SessionInputs], /) -> list[LedgerLine]:
@@ -204,6 +276,14 @@ def _check_dataset(bids_dir: Path) -> list[Flag]:
     elif description.content.get('DatasetType') == 'derivative':
         message = 'The dataset says that it is a derivative; babyseg is made for raw scans.'
         flags.append(Flag('dataset-derivative', 'warning', message))
+    odd = sorted(n for n in names if re.match(r'(?i)sub[-_ ]?[a-z0-9]*[0-9]', n))
+    odd = [n for n in odd if not n.startswith('sub-') and (bids_dir / n).is_dir()]
+    if odd:
+        message = (
+            f'The dataset has folders that are not named sub-<label> and were not looked at: '
+            f'{_some(odd)}. Rename those that are subjects.'
+        )
+        flags.append(Flag('folder-name', 'warning', message))
     for name in sorted(n for n in names if n.upper() in ('README', 'README.MD', 'README.TXT')):
         if problem := file_problem(bids_dir / name):
             flags.append(Flag('dataset-readme', 'info', f'{name}: {problem}.'))
@@ -278,19 +358,14 @@ def _choose(
     return choice
 
 
-def _absent(participants: Sequence[str], grouped: Mapping[Key, object]) -> Iterator[SessionInputs]:
-    """Requested participants without any image in an anat folder, so that none is forgotten."""
-    there = {subject for subject, _ in grouped}
-    for label in participants:
-        if label not in there:
-            message = f'sub-{label} was asked for, but has no images in an anat folder.'
-            yield SessionInputs(
-                label, None, (), Age(), flags=(Flag('no-images', 'severe', message),)
-            )
+def _absent(label: str) -> SessionInputs:
+    """A requested participant without any image in an anat folder, so that none is forgotten."""
+    message = f'sub-{label} was asked for, but has no images in an anat folder.'
+    return SessionInputs(label, None, (), Age(), flags=(Flag('no-images', 'severe', message),))
 
 
-def _order(inputs: SessionInputs) -> tuple[object, ...]:
-    return natural_key(inputs.subject), natural_key(inputs.session or '')
+def _order(key: Key) -> tuple[object, ...]:
+    return natural_key(key[0]), natural_key(key[1] or '')
 
 
 def _warn_unmatched(
@@ -341,33 +416,40 @@ def _some(items: Sequence[str], limit: int = 8) -> str:
     return ', '.join(items[:limit]) + more
 
 
-def _flag_copies(
-    sessions: list[SessionInputs], checks: Mapping[str, ImageCheck]
-) -> list[SessionInputs]:
-    """Flag images that are copies of one another, in one session or across sessions.
+class _Copies:
+    """Finds images that are copies of one another, in one session or across sessions.
 
     One brain filed under two names spoils every study that it is part of. The same voxels are a
     copy; exactly the same skull-stripped outline in another session is one after some processing.
     """
-    scans = [(i, s) for i, inputs in enumerate(sessions) for s in inputs.scans]
-    added: dict[int, list[Flag]] = {}
-    copies: set[frozenset[str]] = set()
-    for attribute, code, text in _COPIES:
-        first: dict[str, tuple[int, Scan]] = {}
-        for index, scan in scans:
-            value = getattr(checks.get(scan.relative_path), attribute, '')
-            if not value:
-                continue
-            other_index, other = first.setdefault(value, (index, scan))
-            pair = frozenset((scan.relative_path, other.relative_path))
-            same_session = other_index == index and attribute == 'outline'
-            if other is scan or same_session or pair in copies:
-                continue
-            copies.add(pair)
-            message = f'{other.relative_path} and {scan.relative_path} {text}.'
-            for i in {index, other_index}:
-                added.setdefault(i, []).append(Flag(code, 'warning', message))
-    return [
-        replace(s, flags=(*s.flags, *added[i])) if i in added else s
-        for i, s in enumerate(sessions)
-    ]
+
+    def __init__(self) -> None:
+        # By attribute and its value: the session and the image that had it first.
+        self._first: dict[tuple[str, str], tuple[Key, str]] = {}
+
+    def flag(
+        self, sessions: Sequence[SessionInputs], checks: Mapping[str, ImageCheck]
+    ) -> list[SessionInputs]:
+        """Add flags to sessions; to those of an earlier call none can be added any more."""
+        added: dict[Key, list[Flag]] = {}
+        copies: set[frozenset[str]] = set()
+        scans = [
+            ((s.subject, s.session), scan.relative_path) for s in sessions for scan in s.scans
+        ]
+        for attribute, code, text in _COPIES:
+            for key, path in scans:
+                value = getattr(checks.get(path), attribute, '')
+                if not value:
+                    continue
+                other_key, other = self._first.setdefault((attribute, value), (key, path))
+                pair = frozenset((path, other))
+                same_session = other_key == key and attribute == 'outline'
+                if other == path or same_session or pair in copies:
+                    continue
+                copies.add(pair)
+                for k in {key, other_key}:
+                    message = f'{other} and {path} {text}.'
+                    added.setdefault(k, []).append(Flag(code, 'warning', message))
+        return [
+            replace(s, flags=(*s.flags, *added.get((s.subject, s.session), ()))) for s in sessions
+        ]

@@ -61,21 +61,18 @@ def choose_scans(
        and so on, so that many repeats of one contrast do not displace another contrast.
     2. Each is read once by `check` until `MAX_SCANS` are accepted; the rest is left out.
     3. Of two files of one image (.nii and .nii.gz, `run-1` and `run-01`) the first that can be
-       read is used. A `chunk-`, a part of the head, is used only where there is nothing else.
+       read is used. A `chunk-`, a part of the head, is used only where there is nothing else, and
+       one `echo-` only where the image that they were combined into is missing.
     4. The reference is the first that fits `preferences`; else T1w before T2w before UNIT1, FLAIR,
        PDw, T2starw and the others; among those of one contrast a complete head before a slab, then
        the thinner slices, then the finer voxel, then the name. Without `check`, contrast and name
        decide.
     """
     choice = Choice()
-    whole = [c for c in candidates if 'chunk' not in c.entities]
-    for chunk in candidates if whole else []:
-        if 'chunk' in chunk.entities:
-            reason = f'chunk-{chunk.entities["chunk"]}: shows a part of the head; others show all'
-            choice.ledger.append(_row(chunk, 'rejected', reason))
+    candidates = _without_parts(candidates, choice)
     accepted: list[Named] = []
     used: dict[tuple[str, ...], Named] = {}
-    for candidate in _in_turns(whole or candidates):
+    for candidate in _in_turns(candidates):
         twin = used.get(candidate.identity)
         if twin is not None:
             reason = f'the same image as {Path(twin.relative_path).name}, by its name'
@@ -89,6 +86,37 @@ def choose_scans(
     if accepted:
         _order(accepted, bids_dir, preferences, choice)
     return choice
+
+
+def _without_parts(candidates: Sequence[Named], choice: Choice) -> list[Named]:
+    """Candidates without parts of the head, or of an image, where there is the whole."""
+    whole = [c for c in candidates if 'chunk' not in c.entities]
+    rest = []
+    for candidate in candidates:
+        entities = candidate.entities
+        combined = [
+            c
+            for c in whole
+            if 'echo' in entities
+            and c.suffix == candidate.suffix
+            and 'echo' not in c.entities
+            and _image_of(c) == _image_of(candidate)
+        ]
+        if whole and 'chunk' in entities:
+            reason = f'chunk-{entities["chunk"]}: shows a part of the head; others show all'
+        elif combined:
+            name = Path(combined[0].relative_path).name
+            reason = f'echo-{entities["echo"]}: one echo of the image that {name} combines'
+        else:
+            rest.append(candidate)
+            continue
+        choice.ledger.append(_row(candidate, 'rejected', reason))
+    return rest
+
+
+def _image_of(named: Named) -> dict[str, str]:
+    """The entities that an echo shares with the image that it is part of."""
+    return {k: v for k, v in named.entities.items() if k not in ('echo', 'part', 'rec')}
 
 
 def _in_turns(candidates: Sequence[Named]) -> list[Named]:

@@ -34,7 +34,7 @@ _NO_IMAGE = frozenset({
 _OLD = {'PD': 'PDw or PDmap', 'T2star': 'T2starw or T2starmap', 'FLASH': 'T1w, PDw or T2starw'}
 _ALIASES = {
     't1': 'T1w', 't2': 'T2w', 'mprage': 'T1w', 'mp2rage': 'UNIT1', 'space': 'T2w', 'tse': 'T2w',
-    'pd': 'PDw', 't2star': 'T2starw', 't2flair': 'FLAIR',
+    'pd': 'PDw', 't2star': 'T2starw', 't2flair': 'FLAIR', 'uni': 'UNIT1',
 }  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def classify(relative_path: str, /, *, contrasts: Collection[str] = ()) -> Named
     extension = next((e for e in IMAGE_EXTENSIONS if path.name.endswith(e)), None)
     stem = path.name.removesuffix(extension) if extension else path.name.partition('.')[0]
     entities, suffix, problem = _parse(stem)
-    if not re.fullmatch(r'[A-Za-z0-9+]+', subject + (session or '')):
+    if not all(re.fullmatch(r'[A-Za-z0-9+]+', x) for x in (subject, session) if x is not None):
         folder = path.parent.as_posix().removesuffix('/anat')
         problem = f"the labels of its folder '{folder}' are not letters and digits only"
     elif extension is None:

@@ -320,6 +320,35 @@ def worker_died(exit_code: int, /) -> str:
     )
 
 
+def plan_counts(counts: Iterable[tuple[str, int]], /) -> str:
+    """How many sessions share each fate."""
+    return f'Sessions: {", ".join(f"{number} {fate}" for fate, number in counts)}.'
+
+
+def estimate(
+    sessions: int,
+    at_once: int,
+    time: tuple[str, str, int],
+    memory_gb: float,
+    disk_mb: float,
+    /,
+    *,
+    more: bool,
+) -> str:
+    """What the sessions to do would take; `time` is that of all, of one, and where it is from."""
+    whole, one, known = time
+    source = 'as measured on 2 processors'
+    if known:
+        source = f'the network alone, as in {known} finished here'
+    disk = f'{disk_mb:.0f} MB' if disk_mb < 1000 else f'{disk_mb / 1000:.1f} GB'
+    probabilities = ', and more for the probabilities' if more else ''
+    return (
+        f'Estimate for {sessions} to do, {at_once} at a time: {whole} ({one} each, {source}), '
+        f'{memory_gb:.0f} GB of memory, {disk} for results{probabilities} and as much for '
+        'intermediate files.'
+    )
+
+
 def boilerplate(path: Path, /) -> str:
     """Where the methods text is."""
     return f'Methods text: {path}; references: {path.with_suffix(".bib")}'

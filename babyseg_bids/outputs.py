@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from babyseg_bids.labels import OFFICIAL, is_official, label_table, table_of
 from babyseg_bids.records import Scan, SessionInputs
 from babyseg_bids.reports.files import write_atomic
 from babyseg_bids.settings import Settings
+from babyseg_bids.tables import read_json
 
 BIDS_VERSION = '1.10.0'
 # Integer labels of the tissues in BIDS' common image-derived label table.
@@ -236,6 +238,29 @@ def dseg_table(*, official: bool = False) -> str:
     return '\n'.join(lines) + '\n'
 
 
+def generated_by(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The entry `GeneratedBy` of this program, with the container that it runs in, if any.
+
+    Apptainer says in the environment which file it runs; the docker image has its name in
+    `BABYSEG_IMAGE`.
+    """
+    record: dict[str, Any] = {'Name': 'babyseg', 'Version': __version__}
+    sif = environ.get('APPTAINER_CONTAINER') or environ.get('SINGULARITY_CONTAINER')
+    image = environ.get('BABYSEG_IMAGE')
+    if sif:
+        record['Container'] = {'Type': 'apptainer', 'Tag': image or Path(sif).name}
+    elif image:
+        record['Container'] = {'Type': 'docker', 'Tag': image}
+    return record
+
+
+def source_dataset(bids_dir: Path, /) -> dict[str, str]:
+    """The entry `SourceDatasets` of the raw dataset: its place, and its DOI if it has one."""
+    source = {'URL': bids_dir.resolve().as_uri()}
+    doi = read_json(bids_dir / 'dataset_description.json').content.get('DatasetDOI')
+    return {**source, 'DOI': doi} if isinstance(doi, str) and doi else source
+
+
 def write_dataset_files(settings: Settings, methods: str, /) -> None:
     """Write the files that describe the output folder as a BIDS derivative dataset.
 
@@ -246,13 +271,14 @@ def write_dataset_files(settings: Settings, methods: str, /) -> None:
     OutputError
         When the folder cannot be written.
     """
-    from babyseg_bids.citation import BIBLIOGRAPHY
+    from babyseg_bids.citation import bibliography
 
     description = {
         'Name': 'babyseg: segmentation of infant brain MRI',
         'BIDSVersion': BIDS_VERSION,
         'DatasetType': 'derivative',
-        'GeneratedBy': [{'Name': 'babyseg', 'Version': __version__}],
+        'GeneratedBy': [generated_by()],
+        'SourceDatasets': [source_dataset(settings.bids_dir)],
         'DatasetLinks': {'raw': settings.bids_dir.resolve().as_uri()},
     }
     descriptions = ''.join(f'desc-{k}\t{v}\n' for k, v in DESCRIPTIONS.items())
@@ -264,7 +290,7 @@ def write_dataset_files(settings: Settings, methods: str, /) -> None:
         'desc-aseg_dseg.tsv': dseg_table(official=is_official(settings.model)),
         'desc-aseg_dseg.json': json.dumps(DSEG_COLUMNS, indent=2) + '\n',
         'logs/CITATION.md': methods,
-        'logs/CITATION.bib': BIBLIOGRAPHY,
+        'logs/CITATION.bib': bibliography(methods),
     }
     for name, content in files.items():
         path = settings.output_dir / name

@@ -17,7 +17,9 @@ from babyseg_bids import __version__, messages
 from babyseg_bids.cli import (
     checks,
     crashes,
+    estimate,
     execution,
+    participant,
     progress,
     scratch,
     segment,
@@ -26,7 +28,9 @@ from babyseg_bids.cli import (
 )
 from babyseg_bids.cli.run import main
 from babyseg_bids.errors import NoInputError, OutputError, UsageError
+from babyseg_bids.outputs import ledger_path
 from babyseg_bids.records import Age, Flag, LedgerRow, Scan, SessionInputs
+from babyseg_bids.resources import SESSION_GB, Plan
 from babyseg_bids.settings import Settings
 
 
@@ -477,6 +481,66 @@ def test_the_plan_shows_every_image_with_its_use_and_reason(
         assert text in said
 
 
+def test_the_estimate_follows_sessions_memory_and_what_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / 'T1w.nii.gz'
+    nib.save(nib.Nifti1Image(np.zeros((100, 100, 100), np.int16), np.eye(4)), path)
+    scan = Scan(str(path), 'x/T1w.nii.gz', 'T1w')
+    to_do = [SessionInputs(str(n), None, (scan,), Age()) for n in range(5)]
+    settings, shares = settings_in(tmp_path), Plan(threads=2, at_once=2, processors=4, workers=3)
+    first = estimate.estimate(to_do, [], settings, shares)
+    assert (first.sessions, first.known, first.memory_gb) == (5, 0, 2 * SESSION_GB)
+    # Two at a time: three rounds.
+    assert first.seconds == 3 * first.each
+    assert first.disk_bytes == 5 * (estimate.PAGE_BYTES + 1e6 * estimate.VOXEL_BYTES)
+    done = [session('8', scans=1), session('9', scans=1), session('10', scans=1)]
+    for one, content in zip(done, ('{"seconds": 40}', '{"seconds": 60}', '{'), strict=True):
+        complete(one, tmp_path / 'out')
+        ledger_path(one, tmp_path / 'out').write_text(content)
+    later = estimate.estimate(to_do, done, settings, shares)
+    assert (later.known, later.each, later.seconds) == (2, 50, 150)
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    dataset: Path, tmp_path: Path
+) -> None:
+    head(dataset / 'sub-02' / 'anat' / 'sub-02_T2w.nii.gz')
+    done = babyseg(dataset, tmp_path / 'out', 'participant', '--dry-run', '--age-months', '02=3')
+    assert done.returncode == 0, done.stderr
+    for text in ('3 months', 'sub-02_T2w.nii.gz', 'sub-01_T1w.nii.gz', 'Estimate for 1 to do',
+                 'Sessions: 1 to do, 0 done before, 1 no usable image.'):  # fmt: skip
+        assert text in done.stdout
+    assert not (tmp_path / 'out').exists()
+
+
+def test_sessions_run_in_batches_until_one_fails_and_none_is_forgotten(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network is left out: what a batch was given, and what is said of the rest."""
+    for subject in ('02', '03', '04'):
+        head(dataset / f'sub-{subject}' / 'anat' / f'sub-{subject}_T1w.nii.gz')
+    seen: list[tuple[list[str], int]] = []
+
+    def run(_: object, sessions: list[SessionInputs], *, later: int) -> bool:
+        seen.append(([s.name for s in sessions], later))
+        return len(seen) < 2
+
+    monkeypatch.setattr('babyseg_bids.cli.segmenter.Segmenter.segment', run)
+    monkeypatch.setattr(participant, 'BATCH', 2)
+    assert participant.run_participant(Settings(dataset, tmp_path / 'out', mem_gb=4.0)) == 1
+    assert seen == [(['sub-02'], 2), (['sub-03', 'sub-04'], 0)]
+    seen.clear()
+    monkeypatch.setattr(participant, 'BATCH', 1)
+    sessions, fates, _ = participant._segment_all(
+        participant.find(Settings(dataset, tmp_path / 'out')),
+        Settings(dataset, tmp_path / 'out', mem_gb=4.0),
+        progress.error_console(),
+    )
+    # The second batch failed: the third session was not run, and has not been forgotten.
+    assert [names for names, _ in seen] == [['sub-02'], ['sub-03']]
+    assert [s.name for s in sessions] == ['sub-01', 'sub-02', 'sub-03', 'sub-04']
+    assert fates['sub-04'] == messages.TO_DO
+
+
 # Crashes and progress.
 
 OURS = """Node: babyseg_wf.sub_01_wf.align
@@ -537,7 +601,8 @@ def test_steps_belong_to_the_session_with_the_longest_matching_name() -> None:
 
 def test_a_session_is_over_when_all_its_steps_are_or_one_failed() -> None:
     steps = [f'babyseg_wf.sub_{s}_wf.{n}' for s in '12' for n in ('align', 'segment', 'write')]
-    tracker = progress.Tracker([session('1'), session('2')], steps)
+    tracker = progress.Tracker(2)
+    tracker.begin([session('1'), session('2')], steps)
     assert tracker.remaining() is None
     assert [tracker.update(s, 'end') for s in steps[:3]] == [None, None, 'sub-1']
     assert tracker.share == pytest.approx(0.5)

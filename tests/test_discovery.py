@@ -102,6 +102,66 @@ MANIFEST: dict[str, tuple[list[str], list[str], dict[str, str]]] = {
         {},
     ),
     'echoes': (['echo-2_T1w.nii.gz', 'echo-1_T1w.nii.gz'], ['echo-1_T1w', 'echo-2_T1w'], {}),
+    'echoes beside what they were combined into': (
+        ['echo-1_T1w.nii.gz', 'echo-2_T1w.nii.gz', 'rec-rms_T1w.nii.gz', 'echo-1_T2w.nii.gz'],
+        ['rec-rms_T1w', 'echo-1_T2w'],
+        {'echo-1_T1w.nii.gz': 'rec-rms_T1w.nii.gz combines', 'echo-2_T1w.nii.gz': 'one echo'},
+    ),
+    'echoes of another acquisition': (
+        [T1, 'acq-me_echo-1_T1w.nii.gz'], ['T1w', 'acq-me_echo-1_T1w'], {},
+    ),
+    'gradient echoes and their phase': (
+        [T1, 'echo-1_part-mag_MEGRE.nii.gz', 'echo-1_part-phase_MEGRE.nii.gz',
+         'part-mag_T2starw.nii.gz', 'part-phase_T2starw.nii.gz'],
+        ['T1w', 'part-mag_T2starw'],
+        {'echo-1_part-mag_MEGRE.nii.gz': 'series', 'echo-1_part-phase_MEGRE.nii.gz': 'series',
+         'part-phase_T2starw.nii.gz': 'phase part'},
+    ),
+    'only a series for a map': (
+        ['flip-1_VFA.nii.gz', 'flip-2_VFA.nii.gz'], [],
+        dict.fromkeys(('flip-1_VFA.nii.gz', 'flip-2_VFA.nii.gz'), 'series'),
+    ),
+    'multi-parameter mapping': (
+        ['acq-T1w_echo-1_flip-2_mt-off_part-mag_MPM.nii.gz', 'inv-1_IRT1.nii.gz', T1,
+         'echo-1_MESE.nii.gz', 'flip-1_mt-on_MTS.nii.gz', 'MTsat.nii.gz', 'R1map.nii.gz'],
+        ['T1w'],
+        {'acq-T1w_echo-1_flip-2_mt-off_part-mag_MPM.nii.gz': 'series',
+         'inv-1_IRT1.nii.gz': 'series', 'echo-1_MESE.nii.gz': 'series',
+         'flip-1_mt-on_MTS.nii.gz': 'series', 'MTsat.nii.gz': 'map', 'R1map.nii.gz': 'map'},
+    ),
+    'inversions and one UNIT1 of two': (
+        ['acq-a_UNIT1.nii.gz', 'acq-a_inv-1_part-mag_MP2RAGE.nii.gz',
+         'acq-a_inv-2_part-mag_MP2RAGE.nii.gz', 'rec-denoised_UNIT1.nii.gz'],
+        ['acq-a_UNIT1', 'rec-denoised_UNIT1'],
+        dict.fromkeys(('acq-a_inv-1_part-mag_MP2RAGE.nii.gz',
+                       'acq-a_inv-2_part-mag_MP2RAGE.nii.gz'), 'series'),
+    ),
+    'inversions without a UNIT1': (
+        ['inv-1_MP2RAGE.nii.gz', 'inv-2_MP2RAGE.nii.gz'], [],
+        dict.fromkeys(('inv-1_MP2RAGE.nii.gz', 'inv-2_MP2RAGE.nii.gz'), 'series'),
+    ),
+    'FLASH of early BIDS': (
+        ['run-1_echo-1_FLASH.nii.gz', T1, 'mod-T1w_defacemask.nii.gz'], ['T1w'],
+        {'run-1_echo-1_FLASH.nii.gz': 'rename', 'mod-T1w_defacemask.nii.gz': 'mask'},
+    ),
+    'runs of an acquisition with contrast agent': (
+        ['acq-a_ce-gd_run-2_T1w.nii.gz', 'acq-a_ce-gd_run-1_T1w.nii.gz', 'FLAIR.nii.gz'],
+        ['acq-a_ce-gd_run-1_T1w', 'FLAIR', 'acq-a_ce-gd_run-2_T1w'], {},
+    ),
+    'every kind is used before a second of one': (
+        [*(f'run-{i}_T2w.nii.gz' for i in range(1, 9)), 'FLAIR.nii.gz', 'PDw.nii.gz'],
+        ['run-1_T2w', 'FLAIR', 'PDw', *(f'run-{i}_T2w' for i in range(2, 7))],
+        dict.fromkeys(('run-7_T2w.nii.gz', 'run-8_T2w.nii.gz'), 'at most'),
+    ),
+    'other organs and modalities': (
+        [T1, 'CT.nii.gz', 'angio.nii.gz', 'acq-render_photo.jpg', 'pial.surf.gii'], ['T1w'],
+        {'CT.nii.gz': 'not an anatomical', 'angio.nii.gz': 'not an anatomical'},
+    ),
+    'other near-misses': (
+        [T1, 'FLAIr.nii.gz', 'PDW.nii.gz', 'T2W.nii.gz', 'UNI.nii.gz', 'Mprage.nii.gz'], ['T1w'],
+        {'FLAIr.nii.gz': 'FLAIR?', 'PDW.nii.gz': 'PDw?', 'T2W.nii.gz': 'T2w?',
+         'UNI.nii.gz': 'UNIT1?', 'Mprage.nii.gz': 'T1w?'},
+    ),
     'small letter': (['t1w.nii.gz', T2], ['T2w'], {'t1w.nii.gz': 'T1w?'}),
     'capital letter': (['T1W.nii.gz', T2], ['T2w'], {'T1W.nii.gz': 'T1w?'}),
     'bare t1': (['T1.nii.gz', T2], ['T2w'], {'T1.nii.gz': 'T1w?'}),
@@ -186,6 +246,84 @@ def test_a_listing_yields_the_choice(chosen: dict[str, SessionInputs], name: str
     assert status == sorted(status, key=['reference', 'used', 'rejected'].index)
     assert status.count('reference') == bool(scans)
     assert ('no-images' in {f.code for f in inputs.flags}) == (not scans)
+
+
+# Whole trees: what each session uses, and words of the reasons for what it does not.
+TREES: dict[str, tuple[list[str], dict[str, list[str]], list[str]]] = {
+    'numeric sessions': (
+        [*anat(T1, session='10'), *anat(T1, session='2'), *anat(T2, session='01')],
+        {'sub-01_ses-01': ['T2w'], 'sub-01_ses-2': ['T1w'], 'sub-01_ses-10': ['T1w']}, [],
+    ),
+    'sessions with letters': (
+        [*anat(T1, session='B'), *anat(T1, session='A'), *anat(T1, session='12mo')],
+        {'sub-01_ses-12mo': ['T1w'], 'sub-01_ses-A': ['T1w'], 'sub-01_ses-B': ['T1w']}, [],
+    ),
+    'contrasts in different sessions are not merged': (
+        [*anat(T1, session='1'), *anat(T2, session='2')],
+        {'sub-01_ses-1': ['T1w'], 'sub-01_ses-2': ['T2w']}, [],
+    ),
+    'a session without anat beside one with it': (
+        [*anat(T1, session='1'), 'sub-01/ses-2/pet/sub-01_ses-2_pet.nii.gz'],
+        {'sub-01_ses-1': ['T1w']}, [],
+    ),
+    'a subject with and one without sessions': (
+        [*anat(T1, session='1'), *anat(T1, subject='A00032875')],
+        {'sub-01_ses-1': ['T1w'], 'sub-A00032875': ['T1w']}, [],
+    ),
+    'images in and beside sessions': (
+        [*anat(T1, session='1'), *anat(T2)],
+        {'sub-01': ['T2w'], 'sub-01_ses-1': ['T1w']}, [],
+    ),
+    'a session twice in the name': (
+        ['sub-01/ses-1/anat/sub-01_ses-1_ses-2_T1w.nii.gz', *anat(T2, session='1')],
+        {'sub-01_ses-1': ['T2w']}, ["two entities 'ses'"],
+    ),
+    'another session in the name': (
+        ['sub-01/ses-1/anat/sub-01_ses-2_T1w.nii.gz', *anat(T2, session='1')],
+        {'sub-01_ses-1': ['T2w']}, ['ses-1'],
+    ),
+    'no session in the name': (
+        ['sub-01/ses-1/anat/sub-01_T1w.nii.gz', *anat(T2, session='1')],
+        {'sub-01_ses-1': ['T2w']}, ['does not name the session'],
+    ),
+    'a session folder without a label': (
+        ['sub-01/ses-/anat/sub-01_ses-_T1w.nii.gz', *anat(T1, subject='02')],
+        {'sub-01': [], 'sub-02': ['T1w']}, ['letters and digits'],
+    ),
+    'anat in capitals': (
+        ['sub-01/ANAT/sub-01_T1w.nii.gz', *anat(T2)], {'sub-01': ['T2w']}, ['anat folder'],
+    ),
+    'anat in another folder': (
+        [*anat(T1), 'sub-01/old/anat/sub-01_T2w.nii.gz', 'sub-01/anat/old/sub-01_T2w.nii.gz'],
+        {'sub-01': ['T1w']}, [],
+    ),
+    'subjects in capitals': (
+        [*anat(T1, subject='Sub103'), 'SUB-02/anat/SUB-02_T1w.nii.gz'],
+        {'sub-Sub103': ['T1w']}, [],
+    ),
+    'tables of the subject and of the session': (
+        ['sub-01/sub-01_sessions.tsv', 'sub-01/ses-1/sub-01_ses-1_scans.tsv',
+         'sub-01/sub-01_scans.tsv', *anat(T1, session='1')],
+        {'sub-01_ses-1': ['T1w']}, [],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', TREES)
+def test_a_tree_yields_the_sessions(tmp_path: Path, name: str) -> None:
+    files, expected, reasons = TREES[name]
+    found = find_sessions(dataset(tmp_path, files), check_images=False)
+    assert {s.name: [scan.label for scan in s.scans] for s in found} == expected
+    said = [r.reason for s in found for r in s.ledger if r.status == 'rejected']
+    assert len(said) == len(reasons)
+    assert all(word in reason for word, reason in zip(reasons, said, strict=True))
+
+
+def test_folders_that_look_like_subjects_are_named(tmp_path: Path) -> None:
+    files = [*anat(T1), 'Sub-02/anat/Sub-02_T1w.nii.gz', 'sub03/anat/sub03_T1w.nii.gz']
+    (found,) = find_sessions(dataset(tmp_path, files), check_images=False)
+    (flag,) = [f for f in found.flags if f.code == 'folder-name']
+    assert 'Sub-02, sub03' in flag.message
 
 
 def names(sessions: Sequence[SessionInputs]) -> list[str]:
@@ -358,6 +496,8 @@ MPRAGE = ('acq-mprage_run-1_T1w', 'acq-mprage_run-2_T1w')
             ['T2w', 'acq-vnav_T1w'],
         ),
         ({'t1w': {'session': 'ses-B'}}, ['T2w']),
+        ({'t1w': {'reconstruction': None}, 't2w': {'run': '*'}}, ['T1w', *MPRAGE, 'acq-vnav_T1w']),
+        ({'t1w': {'acquisition': ['vnav', None]}}, ['T2w', 'T1w', 'acq-vnav_T1w']),
     ],
 )
 def test_a_filter_file_restricts_by_entity(

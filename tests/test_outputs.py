@@ -7,11 +7,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from babyseg_bids import citation
+from babyseg_bids.alignment import Alignment, rotation_matrix
 from babyseg_bids.errors import OutputError
 from babyseg_bids.outputs import (
     Names,
     coarse_uncertainty,
     dseg_table,
+    generated_by,
     input_record,
     is_done,
     like_reference,
@@ -204,6 +207,81 @@ def test_dataset_files_describe_the_folder(settings):
     rows = dseg_table().splitlines()
     assert len(rows) == 29
     assert rows[1].split('\t')[:3] == ['0', 'Background', 'BG']
+
+
+@pytest.mark.parametrize(
+    ('environ', 'container'),
+    [
+        ({}, None),
+        ({'BABYSEG_IMAGE': 'babyseg:1'}, {'Type': 'docker', 'Tag': 'babyseg:1'}),
+        ({'APPTAINER_CONTAINER': '/x/b.sif'}, {'Type': 'apptainer', 'Tag': 'b.sif'}),
+        (
+            {'SINGULARITY_CONTAINER': '/x/b.sif', 'BABYSEG_IMAGE': 'babyseg:1'},
+            {'Type': 'apptainer', 'Tag': 'babyseg:1'},
+        ),
+    ],
+)
+def test_the_container_of_a_run_is_recorded(environ, container):
+    assert generated_by(environ).get('Container') == container
+
+
+@pytest.mark.parametrize('doi', [None, '10.18112/openneuro.ds000001.v1.0.0'])
+def test_the_source_dataset_is_recorded(settings, doi):
+    raw = {'Name': 'raw', **({'DatasetDOI': doi} if doi else {})}
+    (settings.bids_dir / 'dataset_description.json').write_text(json.dumps(raw))
+    settings.output_dir.mkdir()
+    write_dataset_files(settings, '')
+    description = json.loads((settings.output_dir / 'dataset_description.json').read_text())
+    (source,) = description['SourceDatasets']
+    assert source['URL'] == description['DatasetLinks']['raw'] == settings.bids_dir.as_uri()
+    assert source.get('DOI') == doi
+
+
+def test_the_methods_text_tells_of_what_was_done(session, settings):
+    single = replace(session, scans=session.scans[:1])
+    alone = citation.methods([single], settings)
+    assert 'ANTs' not in alone
+    assert 'avants2011ants' not in citation.bibliography(alone)
+    both = citation.methods([single, session], settings)
+    assert 'rigidly aligned' in both
+    assert both.count('segmented jointly') == both.count('- Hoffmann') == 1
+    assert citation.bibliography(both).count('@article') == 4
+    # Results of an earlier run in the same folder were aligned.
+    settings.output_dir.mkdir()
+    write_dataset_files(settings, both)
+    assert citation.methods([single], settings) == both
+    official = citation.methods([session], settings.replace(model='/x/net.pt'))
+    assert 'that its authors published' in official
+
+
+def test_written_transforms_carry_a_landmark_to_its_place(session, tmp_path):
+    """A bright corner of the T2w scan lands where the T1w scan has it, and back."""
+    ants = pytest.importorskip('ants')
+    from babyseg_bids.interfaces.session import PublishSession
+
+    movement = rotation_matrix((25, -10, 15), np.array([5.0, 0, 0]))
+    movement[:3, 3] += (12, -8, 5)
+    affines = {
+        'T2w': np.diag([2.0, 2, 2, 1]),
+        'T1w': np.array([[0, -1.5, 0, 90.0], [1.5, 0, 0, -30], [0, 0, 1.5, -40], [0, 0, 0, 1]]),
+    }
+    landmark = {'T2w': np.array([20.0, 30, 40, 1])}
+    landmark['T1w'] = movement @ landmark['T2w']
+    for name, affine in affines.items():
+        axes = np.stack(np.meshgrid(*[np.arange(90)] * 3, indexing='ij'), -1)
+        world = axes @ affine[:3, :3].T + affine[:3, 3]
+        data = np.exp(-((world - landmark[name][:3]) ** 2).sum(-1) / 50).astype(np.float32)
+        nib.save(nib.Nifti1Image(data, affine), tmp_path / f'{name}.nii.gz')
+    alignment = Alignment(movement, 'rigid', 1.5, 1.1, 30.0, 15.0, '')
+    files = PublishSession()._transforms(session, [alignment], tmp_path)
+    for moving, fixed in (('T2w', 'T1w'), ('T1w', 'T2w')):
+        (path,) = [p for n, p in files.items() if f'from-{moving}_to-{fixed}_' in n]
+        images = [ants.image_read(str(tmp_path / f'{n}.nii.gz')) for n in (fixed, moving)]
+        moved = ants.apply_transforms(*images, transformlist=[str(path)]).numpy()
+        brightest = np.array([*np.unravel_index(moved.argmax(), moved.shape), 1])
+        assert moved.max() > 0.9
+        distance = np.linalg.norm(affines[fixed] @ brightest - landmark[fixed])
+        assert distance < 2
 
 
 def test_an_unwritable_folder_is_named(settings):

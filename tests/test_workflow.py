@@ -111,20 +111,52 @@ def test_volumes_agree_with_the_label_map(run):
         assert float(row[column].replace('n/a', '0')) == pytest.approx(expected, abs=0.01)
 
 
-def test_exactly_one_label_map_answers_the_query_of_nibabies(run):
+def test_each_query_of_nibabies_has_exactly_one_answer(run):
     from bids.layout import BIDSLayout
 
     _, output = run
     layout = BIDSLayout(output, validate=False, config=['bids', 'derivatives'])
-    queries = {
-        'anat_aseg': {'space': 'T1w', 'desc': 'aseg', 'suffix': 'dseg'},
-        'anat_mask': {'space': 'T1w', 'desc': 'brain', 'suffix': 'mask'},
-    }
-    for query in queries.values():
-        found = layout.get(subject='01', session='A', extension='.nii.gz', **query)
-        assert len(found) == 1
-    found = layout.get(subject='01', session='A', suffix='xfm', **{'from': 'T2w', 'to': 'T1w'})
-    assert len(found) == 1
+    spaces = {'A': 'T1w', 'B': 'T2w'}
+    queries = [
+        (session, {'space': space, 'suffix': suffix, 'desc': desc, 'extension': '.nii.gz'})
+        for session, space in spaces.items()
+        for desc, suffix in (('aseg', 'dseg'), ('brain', 'mask'))
+    ]
+    queries += [
+        ('A', {'from': start, 'to': end, 'suffix': 'xfm', 'extension': '.txt'})
+        for start, end in (('T1w', 'T2w'), ('T2w', 'T1w'))
+    ]
+    for session, query in queries:
+        found = layout.get(subject='01', session=session, **query)
+        assert len(found) == 1, query
+
+
+def test_sidecars_name_the_raw_images_they_were_made_from(run, dataset):
+    _, output = run
+    links = json.loads((output / 'dataset_description.json').read_text())['DatasetLinks']
+    sidecars = list(output.glob('sub-*/ses-*/anat/*_space-*_desc-*.json'))
+    for path in sidecars:
+        for uri in json.loads(path.read_text()).get('Sources', []):
+            kind, name, relative = uri.split(':', 2)
+            assert kind == 'bids'
+            assert links[name] == dataset.as_uri()
+            assert (dataset / relative).is_file()
+    assert any('Sources' in p.read_text() for p in sidecars)
+
+
+def test_the_recorded_settings_given_back_yield_the_same_results(run, dataset, tmp_path):
+    _, output = run
+    (recorded,) = (output / 'sub-01' / 'log').glob('*/babyseg.toml')
+    words = (dataset, tmp_path / 'again', 'participant', '--config-file', recorded)
+    again = babyseg(*words, '--session-label', 'A', '--no-report')
+    assert again.returncode == 0, again.stderr
+    for path in output.glob('sub-01/ses-A/anat/*.nii.gz'):
+        twin = tmp_path / 'again' / path.relative_to(output)
+        first, second = nib.load(path), nib.load(twin)
+        assert first.header == second.header
+        np.testing.assert_array_equal(np.asarray(first.dataobj), np.asarray(second.dataobj))
+    for path in output.glob('sub-01/ses-A/anat/*_morph.tsv'):
+        assert path.read_bytes() == (tmp_path / 'again' / path.relative_to(output)).read_bytes()
 
 
 def test_the_validator_accepts_the_output(run):

@@ -7,7 +7,6 @@ from nipype.interfaces.utility import IdentityInterface
 from nipype.pipeline.engine import Node
 from niworkflows.engine.workflows import LiterateWorkflow
 
-from babyseg_bids.citation import ALIGNMENT, MEASURES, SEGMENTATION
 from babyseg_bids.interfaces.session import (
     AlignScans,
     MeasureSession,
@@ -40,8 +39,6 @@ def init_session_wf(
     """
     name = name or re.sub(r'\W', '_', session.name) + '_wf'
     workflow = LiterateWorkflow(name=name)
-    several = ALIGNMENT if len(session.scans) > 1 else ''
-    workflow.__desc__ = f'{several}{SEGMENTATION}{MEASURES}'
     inputnode = Node(IdentityInterface(['session', 'boilerplate']), name='inputnode')
     inputnode.inputs.session = session.to_dict()
     outputnode = Node(IdentityInterface(['ledger']), name='outputnode')

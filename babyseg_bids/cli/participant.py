@@ -1,20 +1,26 @@
 """The participant level: find the sessions, segment what is not done, say what became of each."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from babyseg_bids import messages
 from babyseg_bids.cli import checks
 from babyseg_bids.cli.environment import prepare_environment
-from babyseg_bids.cli.progress import Progress, Tracker, error_console
-from babyseg_bids.cli.scratch import prepare_scratch, release_scratch, scratch_folder
+from babyseg_bids.cli.progress import duration, error_console
+from babyseg_bids.cli.scratch import scratch_folder
 from babyseg_bids.cli.verdicts import Fate, conclude, judge, stamp
 from babyseg_bids.errors import NoInputError
 from babyseg_bids.records import SessionInputs
-from babyseg_bids.resources import SESSION_GB
 from babyseg_bids.settings import Settings
+
+if TYPE_CHECKING:
+    from babyseg_bids.discovery import Search
+
+# Sessions whose images are read before they are segmented: enough to keep a large machine busy.
+BATCH = 100
 
 
 def run_participant(settings: Settings, /) -> int:
@@ -39,22 +45,19 @@ def run_participant(settings: Settings, /) -> int:
 
 def _run(settings: Settings, out: Console) -> int:
     """`run_participant` after its checks."""
-    sessions = find(settings)
-    if not sessions:
+    search = find(settings)
+    if not search.keys:
         out.print(messages.empty_share(settings.array_task))
         return 0
-    fates = decide(sessions, settings)
     if settings.dry_run:
-        _show_plan(sessions, fates, settings)
+        sessions = search.inspect()
+        _show_plan(sessions, decide(sessions, settings), settings)
         return 0
     if settings.boilerplate_only or settings.reports_only:
         with scratch_folder(settings):
-            return _write_texts(sessions, settings, out)
-    to_do = [s for s in sessions if fates[s.name] == messages.TO_DO]
-    before = {s.name: stamp(s, settings.output_dir) for s in to_do}
-    if to_do:
-        segment(to_do, settings, out)
-    elif all(fate == messages.SKIPPED for fate in fates.values()):
+            return _write_texts(search.inspect(), settings, out)
+    sessions, fates, before = _segment_all(search, settings, out)
+    if all(fate == messages.SKIPPED for fate in fates.values()):
         out.print(messages.NOTHING_TO_DO)
     return conclude(sessions, judge(sessions, fates, before, settings), settings, out)
 
@@ -81,13 +84,13 @@ def check(settings: Settings, out: Console, /) -> None:
         out.print(f'Warning: {messages.no_description(settings.bids_dir)}', style='yellow')
 
 
-def find(settings: Settings, /) -> list[SessionInputs]:
-    """The sessions that were asked for, also those without any usable image."""
+def find(settings: Settings, /) -> 'Search':
+    """The sessions that were asked for, their images not read yet."""
     # PyBIDS takes seconds to import.
     from babyseg_bids.age import parse_age_option
-    from babyseg_bids.discovery import find_sessions
+    from babyseg_bids.discovery import Search
 
-    return find_sessions(
+    return Search(
         settings.bids_dir,
         participants=settings.participants,
         sessions=settings.sessions,
@@ -120,37 +123,47 @@ def _is_done(session: SessionInputs, settings: Settings) -> bool:
     return is_done(session, settings.output_dir, settings)
 
 
-def segment(sessions: Sequence[SessionInputs], settings: Settings, out: Console, /) -> None:
-    """Run the workflow over sessions and clean up after it."""
-    from babyseg_bids.cli import execution, traces
+def _segment_all(
+    search: 'Search', settings: Settings, out: Console
+) -> tuple[list[SessionInputs], dict[str, Fate], dict[str, int]]:
+    """Inspect and segment `BATCH` sessions after `BATCH` sessions.
 
-    settings, shares, cpus, memory = execution.decide_resources(settings, len(sessions))
-    sentence = messages.resources(settings.nprocs, settings.mem_gb, cpus.source, memory.source)
-    out.print(f'{sentence} {messages.shares(shares.at_once, shares.threads)}')
-    if settings.mem_gb < SESSION_GB:
-        warning = messages.little_memory(settings.mem_gb, SESSION_GB)
-        out.print(f'Warning: {warning}', style='yellow')
-    scratch = prepare_scratch(settings)
-    prepare_environment(settings)
-    traces.write_logs(sessions, settings)
-    folders: list[Path] = []
-    success = False
-    try:
-        workflow = execution.build(sessions, settings)
-        folders = execution.session_folders(workflow, scratch)
-        if settings.write_graph:
-            out.print(f'Graph of the workflow: {traces.write_graph(workflow, settings)}')
-        tracker = Tracker(sessions, execution.step_names(workflow))
-        live = out.is_terminal and not settings.verbose
-        with Progress(tracker, out, live=live) as progress:
-            error = execution.run_workflow(workflow, settings, shares, memory, progress.callback)
-        if settings.resource_monitor and traces.keep_resource_record(workflow, settings) is None:
-            out.print(messages.NO_RESOURCE_RECORD)
-        success = error is None and all(_is_done(s, settings) for s in sessions)
-        if error is not None and settings.verbose > 1:
-            out.print(f'Nipype ended with: {error}')
-    finally:
-        release_scratch(settings, folders, success=success)
+    Returns
+    -------
+    All sessions, what was to become of each, and stamps of earlier results of those to do.
+    """
+    sessions: list[SessionInputs] = []
+    fates: dict[str, Fate] = {}
+    before: dict[str, int] = {}
+    left, goes_on = len(search.keys), True
+    with ExitStack() as stack:
+        segmenter = None
+        for part in batches(left, BATCH):
+            # After --stop-on-first-crash, names tell enough of the sessions that will not run.
+            batch = search.inspect(search.keys[part], check_images=goes_on)
+            left -= len(batch)
+            sessions += batch
+            fates |= decide(batch, settings)
+            to_do = [s for s in batch if fates[s.name] == messages.TO_DO]
+            before |= {s.name: stamp(s, settings.output_dir) for s in to_do}
+            if not to_do or not goes_on:
+                continue
+            if segmenter is None:
+                # It brings Nipype with it, which a run without anything to do must not wait for.
+                from babyseg_bids.cli.segmenter import Segmenter
+
+                segmenter = stack.enter_context(Segmenter(settings, len(to_do) + left, out))
+            goes_on = segmenter.segment(to_do, later=left)
+    return sessions, fates, before
+
+
+def batches(count: int, size: int, /) -> Iterator[slice]:
+    """Slices of `size` items, the last one shorter.
+
+    >>> list(batches(5, 3))
+    [slice(0, 3, None), slice(3, 5, None)]
+    """
+    return (slice(i, min(i + size, count)) for i in range(0, count, size))
 
 
 def _write_texts(sessions: Sequence[SessionInputs], settings: Settings, out: Console) -> int:
@@ -176,6 +189,24 @@ def _show_plan(
     console.print(tables.plan_table(sessions, fates))
     for line in tables.notes(sessions, everything=settings.verbose > 0):
         tables.print_line(console, line)
+    groups: dict[str, list[SessionInputs]] = {messages.TO_DO: [], messages.SKIPPED: []}
+    for session in sessions:
+        groups.setdefault(fates[session.name], []).append(session)
+    if to_do := groups[messages.TO_DO]:
+        from babyseg_bids.cli.estimate import estimate
+        from babyseg_bids.cli.execution import decide_resources
+
+        shares = decide_resources(settings, len(to_do))[1]
+        needs = estimate(to_do, groups[messages.SKIPPED], settings, shares)
+        time = (duration(needs.seconds), duration(needs.each), needs.known)
+        disk_mb = needs.disk_bytes / 1e6
+        sentence = messages.estimate(
+            needs.sessions, shares.at_once, time, needs.memory_gb, disk_mb,
+            more=settings.save_probabilities,
+        )  # fmt: skip
+        tables.print_line(console, sentence)
+    counts = ((name, len(group)) for name, group in groups.items())
+    tables.print_line(console, messages.plan_counts(counts))
     if any(s.ledger for s in sessions):
         return
     raise NoInputError(messages.all_empty(len(sessions), str(settings.bids_dir)))

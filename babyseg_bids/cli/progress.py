@@ -61,17 +61,32 @@ class SessionState:
 
 
 class Tracker:
-    """Follows the steps of all sessions from what Nipype's status callback tells."""
+    """Follows the steps of all sessions from what Nipype's status callback tells.
 
-    def __init__(self, sessions: Sequence[SessionInputs], steps: Iterable[str], /) -> None:
-        self._sessions = sessions
+    Parameters
+    ----------
+    total : int
+        Sessions to do, as far as is known.
+    """
+
+    def __init__(self, total: int, /) -> None:
+        self.total = total
+        self.states: dict[str, SessionState] = {}
+        self._sessions: Sequence[SessionInputs] = ()
         self._began = self._changed = time.monotonic()
+
+    def begin(
+        self, sessions: Sequence[SessionInputs], steps: Iterable[str], /, *, later: int = 0
+    ) -> None:
+        """Follow more sessions; `later` is how many there may be after these."""
+        self.total = len(self.states) + len(sessions) + later
+        self._sessions = sessions
         weights: dict[str, dict[str, float]] = {s.name: {} for s in sessions}
         for step in steps:
             session = session_of(step, sessions)
             if session is not None:
                 weights[session.name][step] = step_weight(step)
-        self.states = {name: SessionState(w) for name, w in weights.items()}
+        self.states |= {name: SessionState(w) for name, w in weights.items()}
 
     def update(self, step: str, status: str, /) -> str | None:
         """Take note of `start`, `end` or `exception`; the session's name when it is over now."""
@@ -108,7 +123,7 @@ class Tracker:
     @property
     def share(self) -> float:
         """How much of the run is done, from 0 to 1."""
-        return sum(s.share for s in self.states.values()) / max(len(self.states), 1)
+        return sum(s.share for s in self.states.values()) / max(self.total, 1)
 
     def remaining(self) -> float | None:
         """Seconds left, None while it is too early to tell."""
@@ -140,7 +155,7 @@ class Progress:
         if self._is_live:
             self._live.start()
         else:
-            self._console.print(f'Sessions to do: {len(self._tracker.states)}')
+            self._console.print(f'Sessions to do: {self._tracker.total}')
         return self
 
     def __exit__(
@@ -165,7 +180,7 @@ class Progress:
         self._console.print(line, highlight=False)
 
     def _counts(self) -> str:
-        total = len(self._tracker.states)
+        total = self._tracker.total
         words = [f'{self._tracker.over} of {total} sessions']
         if self._tracker.failed:
             words.append(f'{self._tracker.failed} failed')

@@ -85,6 +85,13 @@ def release_scratch(settings: Settings, folders: Iterable[Path], /, *, success: 
             scratch.rmdir()
 
 
+def forget(settings: Settings, folders: Iterable[Path], /) -> None:
+    """Delete intermediate files of finished sessions, unless they are kept for the user."""
+    if settings.work_dir is None:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _run_file(settings: Settings) -> Path:
     """A task keeps its name when a cluster ends it and runs it again."""
     name = settings.task.folder if settings.task else settings.run_uuid

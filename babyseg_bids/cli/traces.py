@@ -56,12 +56,13 @@ def write_graph(workflow: Any, settings: Settings, /) -> Path:
     return picture if done.returncode == 0 else file
 
 
-def keep_resource_record(workflow: Any, settings: Settings, /) -> Path | None:
-    """Copy what Nipype's resource monitor recorded out of the work folder, if there is any."""
+def keep_resource_record(workflow: Any, settings: Settings, batch: int = 1, /) -> Path | None:
+    """Copy what Nipype's resource monitor recorded of a batch out of the work folder, if any."""
     source = settings.scratch / workflow.name / 'resource_monitor.json'
     if not source.exists():
         return None
-    target = settings.output_dir / 'logs' / f'resources_{settings.run_uuid}.json'
+    number = f'_{batch}' if batch > 1 else ''
+    target = settings.output_dir / 'logs' / f'resources_{settings.run_uuid}{number}.json'
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(source, target)
     return target

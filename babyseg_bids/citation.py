@@ -52,6 +52,11 @@ ALIGNMENT = (
     'scans that the headers already aligned were left in place, and implausible alignments were '
     'refused. '
 )
+DENOISING = (
+    'Rician noise was reduced with adaptive non-local means (Manjón et al., 2010) as implemented '
+    'in ANTs. '
+)
+BIAS_CORRECTION = 'Bias fields were corrected with N4 (Tustison et al., 2010). '
 SEGMENTATION = (
     'All scans of a session were segmented jointly with a group-convolution U-Net (BabySeg; '
     'Hoffmann et al., 2025) that was trained on synthetic images only and takes any number of '
@@ -63,10 +68,17 @@ MEASURES = (
     "A structure's volume is the sum of its posterior probabilities times the volume of a voxel. "
     'The sum over structures is the segmented brain volume. '
 )
+NORMALISATION = (
+    "The label maps were brought into standard spaces of TemplateFlow with ANTs' symmetric "
+    'diffeomorphic registration (Avants et al., 2008), driven by the image of the brain and by '
+    'tissue maps from segmentations of the scan and of the template by the same network. '
+)
 REFERENCES = """
 
 ## References
 
+- Avants et al. (2008). Symmetric diffeomorphic image registration with cross-correlation. Medical
+  Image Analysis 12(1), 26-41. (With standard spaces.)
 - Avants et al. (2011). A reproducible evaluation of ANTs similarity metric performance in brain
   image registration. NeuroImage 54(3), 2033-2044.
 - Gorgolewski et al. (2011). Nipype: a flexible, lightweight and extensible neuroimaging data

@@ -7,10 +7,18 @@ from nipype.interfaces.utility import IdentityInterface
 from nipype.pipeline.engine import Node
 from niworkflows.engine.workflows import LiterateWorkflow
 
-from babyseg_bids.citation import ALIGNMENT, MEASURES, SEGMENTATION
+from babyseg_bids.citation import (
+    ALIGNMENT,
+    BIAS_CORRECTION,
+    DENOISING,
+    MEASURES,
+    NORMALISATION,
+    SEGMENTATION,
+)
 from babyseg_bids.interfaces.session import (
     AlignScans,
     MeasureSession,
+    NormaliseSession,
     PublishSession,
     ReportSession,
     SegmentScans,
@@ -18,6 +26,7 @@ from babyseg_bids.interfaces.session import (
 )
 from babyseg_bids.records import SessionInputs
 from babyseg_bids.settings import Settings
+from babyseg_bids.spaces import standard_spaces
 
 # Measured peaks with 300^3 scans, in GB; `segment` holds torch, scans and features.
 SEGMENT_GB = 2.5
@@ -41,7 +50,16 @@ def init_session_wf(
     name = name or re.sub(r'\W', '_', session.name) + '_wf'
     workflow = LiterateWorkflow(name=name)
     several = ALIGNMENT if len(session.scans) > 1 else ''
-    workflow.__desc__ = f'{several}{SEGMENTATION}{MEASURES}'
+    treated = ''.join(
+        text
+        for wanted, text in (
+            (settings.denoise, DENOISING),
+            (settings.bias_correction == 'n4', BIAS_CORRECTION),
+        )
+        if wanted
+    )
+    standard = NORMALISATION if standard_spaces(settings.output_spaces) else ''
+    workflow.__desc__ = f'{several}{treated}{SEGMENTATION}{MEASURES}{standard}'
     inputnode = Node(IdentityInterface(['session', 'boilerplate']), name='inputnode')
     inputnode.inputs.session = session.to_dict()
     outputnode = Node(IdentityInterface(['ledger']), name='outputnode')
@@ -49,19 +67,24 @@ def init_session_wf(
     threads = max(1, settings.omp_nthreads)
     stamps = [_stamp(scan.path) for scan in session.scans]
     fingerprint = settings.fingerprint()
+    network = {
+        'model': settings.model,
+        'model_stamp': [fingerprint['version'], fingerprint['model_sha256']],
+        'device': settings.device,
+        'threads': threads,
+        'stamps': stamps,
+    }
     align = Node(
-        AlignScans(seed=settings.random_seed, threads=threads, stamps=stamps),
+        AlignScans(seed=settings.random_seed, **network),
         name='align',
-        mem_gb=LIGHT_GB,
+        mem_gb=LIGHT_GB if len(session.scans) == 1 else SEGMENT_GB,
     )
     segment = Node(
         SegmentScans(
-            model=settings.model,
-            model_stamp=[fingerprint['version'], fingerprint['model_sha256']],
-            device=settings.device,
-            threads=threads,
             keep_probabilities=settings.save_probabilities,
-            stamps=stamps,
+            bias_correction=settings.bias_correction,
+            denoise=settings.denoise,
+            **network,
         ),
         name='segment',
         n_procs=threads,
@@ -93,6 +116,25 @@ def init_session_wf(
     )
     if settings.save_probabilities:
         workflow.connect([(segment, publish, [('probabilities', 'probabilities')])])
+    spaces = standard_spaces(settings.output_spaces)
+    if spaces:
+        normalise = Node(
+            NormaliseSession(
+                spaces=list(spaces),
+                work_dir=str(settings.work_root),
+                seed=settings.random_seed,
+                **network,
+            ),
+            name='normalise',
+            mem_gb=SEGMENT_GB,
+        )
+        workflow.connect(
+            [
+                (inputnode, normalise, [('session', 'session')]),
+                (segment, normalise, [('labels', 'labels')]),
+                (normalise, publish, [('spaces', 'spaces')]),
+            ]
+        )
     if settings.report:
         report = Node(
             ReportSession(uncertainty_threshold=settings.uncertainty_threshold),
@@ -108,6 +150,8 @@ def init_session_wf(
                 (report, publish, [('report', 'report'), ('figures', 'figures')]),
             ]
         )
+        if spaces:
+            workflow.connect([(normalise, report, [('spaces', 'spaces')])])
         if session.session:
             subject_page = Node(
                 UpdateSubjectPage(subject=session.subject, output_dir=str(settings.output_dir)),

@@ -16,7 +16,6 @@ import nibabel as nib
 import numpy as np
 
 from babyseg_bids.alignment_similarity import (
-    WORKING_MM,
     Similarity,
     Volume,
     apply,

@@ -100,7 +100,10 @@ def first_pose(scan: Head, template: Head, /) -> np.ndarray:
     """
     sizes = [np.bincount(h.labels.ravel(), minlength=256) for h in (scan, template)]
     # A large voxel counts for more.
-    volumes = [s * abs(np.linalg.det(h.affine[:3, :3])) for s, h in zip(sizes, (scan, template))]
+    volumes = [
+        s * abs(np.linalg.det(h.affine[:3, :3]))
+        for s, h in zip(sizes, (scan, template), strict=True)
+    ]
     shared = [n for n in range(1, 256) if min(v[n] for v in volumes) >= LEAST_VOXELS]
     if len(shared) < LEAST_STRUCTURES:
         raise AlignmentError(f'only {len(shared)} structures are in both')
@@ -112,7 +115,7 @@ def first_pose(scan: Head, template: Head, /) -> np.ndarray:
 
 
 def _channels(head: Head, table: LabelTable) -> tuple[list[np.ndarray], np.ndarray]:
-    """Image of the brain and tissue maps on a coarse grid along the world's axes, and its affine."""
+    """Image of the brain and a map of each tissue on a coarse grid, and its affine."""
     box = ndimage.find_objects((head.labels > 0).astype(np.uint8))[0]
     labels = head.labels[box]
     affine = head.affine.copy()

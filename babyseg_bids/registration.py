@@ -1,4 +1,4 @@
-"""What all steps that use ANTs share: repeatable runs, and images between its world and nibabel's."""
+"""What all steps that use ANTs share: repeatable runs, and the way between its world and ours."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Standard spaces: what users write for them, and which cohort of a template fits a child's age."""
+"""Standard spaces: the words for them, and which cohort of a template fits a child's age."""
 
 import re
 from dataclasses import dataclass

@@ -1,11 +1,12 @@
 """How well known movements between two scans of one child are found, and other children refused.
 
-The folder holds the datasets `ds-templates` (T1w and T2w of one anatomy at each age), `ds-motion24`
-(a scan with motion, and the same one enhanced) and `ds-bmex` (different children). A case takes one
-scan as the reference and puts the other onto a new grid: turned, coarser or with thick slices,
-often cut off, noisy, stored in another order of axes. A movement of up to 30 degrees and 40 mm goes
-into its header, and `align` has to find it. `--brains` gives pairs of different brains instead,
-which have to be left out. Every case adds a line to the log; a run continues where it was ended.
+The folder holds the datasets `ds-templates` (T1w and T2w of one anatomy at each age),
+`ds-motion24` (a scan with motion, and the same one enhanced) and `ds-bmex` (different children). A
+case takes one scan as the reference and puts the other onto a new grid: turned, coarser or with
+thick slices, often cut off, noisy, stored in another order of axes. A movement of up to 30 degrees
+and 40 mm goes into its header, and has to be found. `--brains` gives pairs of different brains
+instead, which have to be left out. Every case adds a line to the log; a run continues where it was
+ended.
 """
 
 import argparse
@@ -22,7 +23,9 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
-from babyseg_bids.alignment import Alignment, align, rotation_angle
+from babyseg_bids.alignment import Alignment, rotation_angle
+from babyseg_bids.network import load_model
+from babyseg_bids.pipeline import align_scans
 from babyseg_bids.preflight import load_image
 
 MAX_DEGREES, MAX_MM = 30.0, 40.0
@@ -153,13 +156,13 @@ def cases(folder: Path, count: int, *, brains: bool) -> Iterator[tuple[int, Path
         yield number, *pairs[number % len(pairs)]
 
 
-def run_case(number: int, reference: Path, other: Path, **options: Any) -> dict[str, Any]:
+def run_case(number: int, reference: Path, other: Path) -> dict[str, Any]:
     """Align one displaced scan, and say what came out."""
     rng = np.random.default_rng([7, number])
     fixed = loaded(reference)
     moved, truth, drawn = displaced(loaded(other), rng)
     began = time.process_time()
-    found = align(fixed, moved, seed=number, **options)
+    (found,) = align_scans([fixed, moved], lambda: load_model('default'), seed=number)
     seconds = time.process_time() - began
     mm, degrees = errors(found, truth, moved)
     return {
@@ -170,6 +173,8 @@ def run_case(number: int, reference: Path, other: Path, **options: Any) -> dict[
         'status': found.status,
         'similarity': found.similarity,
         'sharpness': found.sharpness,
+        'overlap': found.overlap,
+        'doubt': found.doubt,
         'rotation': found.rotation_deg,
         'translation': found.translation_mm,
         'error_mm': mm,
@@ -183,9 +188,12 @@ def summary(rows: pd.DataFrame) -> str:
     """Counts of each outcome, and the distribution of the errors of what was used."""
     kept = rows[rows.status != 'refused']
     right = (kept.error_mm <= TOLERANCE_MM) & (kept.error_degrees <= TOLERANCE_DEGREES)
-    lines = [f'{len(rows)} cases: {right.sum()} right, {(~right).sum()} wrong and used, ']
-    lines[0] += f'{len(rows) - len(kept)} left out; {rows.cpu_s.mean():.1f} CPU s each'
-    lines.append(rows.status.value_counts().to_string())
+    flagged = (kept.doubt != '').sum()
+    counts = (
+        f'{len(rows)} cases, {rows.cpu_s.mean():.1f} CPU s each: {right.sum()} right, '
+        f'{(~right).sum()} wrong and used, {len(rows) - len(kept)} left out, {flagged} flagged'
+    )
+    lines = [counts, rows.status.value_counts().to_string()]
     parts = kept[['error_mm', 'error_degrees']].quantile([0.5, 0.9, 0.99, 1.0]).round(2)
     return '\n'.join([*lines, parts.to_string()])
 

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from babyseg_bids import messages
 from babyseg_bids.errors import UsageError
 from babyseg_bids.resources import parse_memory
 from babyseg_bids.shares import parse_array_task

@@ -29,6 +29,37 @@ BIBLIOGRAPHY = """@article{hoffmann2025babyseg,
   year = {2011},
   doi = {10.1016/j.neuroimage.2010.09.025}
 }
+@article{avants2008syn,
+  title = {Symmetric diffeomorphic image registration with cross-correlation: evaluating automated
+    labeling of elderly and neurodegenerative brain},
+  author = {Avants, Brian B. and Epstein, Charles L. and Grossman, Murray and Gee, James C.},
+  journal = {Medical Image Analysis},
+  volume = {12},
+  number = {1},
+  pages = {26--41},
+  year = {2008},
+  doi = {10.1016/j.media.2007.06.004}
+}
+@article{tustison2010n4,
+  title = {{N4ITK}: improved {N3} bias correction},
+  author = {Tustison, Nicholas J. and Avants, Brian B. and Cook, Philip A. and others},
+  journal = {IEEE Transactions on Medical Imaging},
+  volume = {29},
+  number = {6},
+  pages = {1310--1320},
+  year = {2010},
+  doi = {10.1109/TMI.2010.2046908}
+}
+@article{manjon2010denoising,
+  title = {Adaptive non-local means denoising of {MR} images with spatially varying noise levels},
+  author = {Manj{\\'o}n, Jos{\\'e} V. and Coup{\\'e}, Pierrick and others},
+  journal = {Journal of Magnetic Resonance Imaging},
+  volume = {31},
+  number = {1},
+  pages = {192--203},
+  year = {2010},
+  doi = {10.1002/jmri.22003}
+}
 @article{gorgolewski2016bids,
   title = {The brain imaging data structure, a format for organizing and describing outputs of
     neuroimaging experiments},
@@ -73,18 +104,40 @@ NORMALISATION = (
     'diffeomorphic registration (Avants et al., 2008), driven by the image of the brain and by '
     'tissue maps from segmentations of the scan and of the template by the same network. '
 )
-REFERENCES = """
-
-## References
-
+# By the words with which the text cites them.
+REFERENCES = {
+    'Avants et al., 2008': """\
 - Avants et al. (2008). Symmetric diffeomorphic image registration with cross-correlation. Medical
-  Image Analysis 12(1), 26-41. (With standard spaces.)
+  Image Analysis 12(1), 26-41.
+""",
+    'Avants et al., 2011': """\
 - Avants et al. (2011). A reproducible evaluation of ANTs similarity metric performance in brain
   image registration. NeuroImage 54(3), 2033-2044.
+""",
+    'Gorgolewski et al., 2011': """\
 - Gorgolewski et al. (2011). Nipype: a flexible, lightweight and extensible neuroimaging data
   processing framework in Python. Frontiers in Neuroinformatics 5, 13.
+""",
+    'Gorgolewski et al., 2016': """\
 - Gorgolewski et al. (2016). The brain imaging data structure, a format for organizing and
   describing outputs of neuroimaging experiments. Scientific Data 3, 160044.
+""",
+    'Hoffmann et al., 2025': """\
 - Hoffmann, Zöllei and Dalca (2025). Deep infant brain segmentation from multi-contrast MRI.
   arXiv:2512.05114.
-"""
+""",
+    'Manjón et al., 2010': """\
+- Manjón et al. (2010). Adaptive non-local means denoising of MR images with spatially varying
+  noise levels. Journal of Magnetic Resonance Imaging 31(1), 192-203.
+""",
+    'Tustison et al., 2010': """\
+- Tustison et al. (2010). N4ITK: improved N3 bias correction. IEEE Transactions on Medical Imaging
+  29(6), 1310-1320.
+""",
+}
+
+
+def references(methods: str, /) -> str:
+    """The list of the references that a text cites."""
+    cited = ''.join(entry for words, entry in REFERENCES.items() if words in methods)
+    return f'\n\n## References\n\n{cited}'

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from niworkflows.engine.workflows import LiterateWorkflow
 
 from babyseg_bids import __version__
-from babyseg_bids.citation import INTRODUCTION, REFERENCES
+from babyseg_bids.citation import INTRODUCTION, references
 from babyseg_bids.outputs import write_dataset_files
 from babyseg_bids.records import SessionInputs
 from babyseg_bids.settings import Settings
@@ -26,11 +26,11 @@ def init_babyseg_wf(
     """
     workflow = LiterateWorkflow(name=name)
     workflow.__desc__ = INTRODUCTION.format(version=__version__)
-    workflow.__postdesc__ = REFERENCES
     workflow.base_dir = str(settings.scratch)
     parts = [init_session_wf(session, settings) for session in sessions]
     workflow.add_nodes(parts)
     methods = workflow.visit_desc()
+    methods += references(methods)
     for part in parts:
         part.get_node('inputnode').inputs.boilerplate = methods
     write_dataset_files(settings, methods)

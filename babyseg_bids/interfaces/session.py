@@ -114,7 +114,7 @@ class AlignScans(SimpleInterface):
         from babyseg_bids.preflight import load_image
 
         def model() -> Any:
-            # The network brings torch, which is seldom needed here.
+            # Weights are read only where a pair of scans leaves doubt, which is seldom.
             from babyseg_bids.network import load_model
 
             return load_model(self.inputs.model)

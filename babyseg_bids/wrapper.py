@@ -51,7 +51,8 @@ FLAGS = (
     '--verbose', '--version', '--write-graph',
 )  # fmt: skip
 SINGLE = (
-    '--array-task', '--bids-database-dir', '--bids-filter-file', '--config-file', '--device',
+    '--array-task', '--bias-correction', '--bids-database-dir', '--bids-filter-file',
+    '--config-file', '--device',
     '--fs-license-file', '--mem', '--mem-gb', '--mem-mb', '--model', '--n-cpus',
     '--nipype-plugin-file', '--nprocs', '--nthreads', '--omp-nthreads', '--random-seed',
     '--reference-anat', '--sessions-per-task', '--slurm-account', '--slurm-partition', '--submit',

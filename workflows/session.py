@@ -132,7 +132,7 @@ def init_session_wf(
             [
                 (inputnode, normalise, [('session', 'session')]),
                 (segment, normalise, [('labels', 'labels')]),
-                (normalise, publish, [('spaces', 'spaces')]),
+                (normalise, publish, [('spaces', 'spaces'), ('files', 'space_files')]),
             ]
         )
     if settings.report:

@@ -206,6 +206,7 @@ class _NormaliseSpec(_ModelSpec):
 
 class _NormaliseOutput(TraitedSpec):
     spaces = File(exists=True, desc='JSON list, one record for each space')
+    files = traits.List(File(exists=True), desc='that the records name')
 
 
 class NormaliseSession(SimpleInterface):
@@ -221,6 +222,9 @@ class NormaliseSession(SimpleInterface):
         path = Path(runtime.cwd) / 'spaces.json'
         path.write_text(json.dumps(records))
         self._results['spaces'] = str(path)
+        # Nipype removes what no output names.
+        names = ('labels', 'forward', 'inverse')
+        self._results['files'] = [r[name] for r in records for name in names if name in r]
         return runtime
 
     def _record(self, text: str, folder: Path) -> dict[str, Any]:
@@ -428,6 +432,7 @@ class _PublishSpec(BaseInterfaceInputSpec):
     morph = File(exists=True, mandatory=True)
     qc = File(exists=True, mandatory=True)
     spaces = File()
+    space_files = traits.List(File(), desc='that the records of `spaces` name')
     report = File()
     figures = traits.List(File())
 

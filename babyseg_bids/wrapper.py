@@ -52,10 +52,10 @@ FLAGS = (
 )  # fmt: skip
 SINGLE = (
     '--array-task', '--bias-correction', '--bids-database-dir', '--bids-filter-file',
-    '--config-file', '--device', '--fs-license-file', '--mem', '--mem-gb', '--mem-mb', '--model', '--n-cpus',
-    '--nipype-plugin-file', '--nprocs', '--nthreads', '--omp-nthreads', '--random-seed',
-    '--reference-anat', '--sessions-per-task', '--slurm-account', '--slurm-partition', '--submit',
-    '--uncertainty-threshold', '--use-plugin', '--work-dir',
+    '--config-file', '--device', '--fs-license-file', '--mem', '--mem-gb', '--mem-mb', '--model',
+    '--n-cpus', '--nipype-plugin-file', '--nprocs', '--nthreads', '--omp-nthreads',
+    '--random-seed', '--reference-anat', '--sessions-per-task', '--slurm-account',
+    '--slurm-partition', '--submit', '--uncertainty-threshold', '--use-plugin', '--work-dir',
 )  # fmt: skip
 SEVERAL = (
     '--age-months', '--contrasts', '--output-spaces', '--participant-label', '--session-id',

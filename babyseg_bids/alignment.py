@@ -5,10 +5,8 @@ mutual information, the best few are refined with ANTs, and the best result is c
 alignment that the headers give: the headers win unless the images say otherwise.
 """
 
-import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -18,13 +16,13 @@ import nibabel as nib
 import numpy as np
 
 from babyseg_bids.alignment_similarity import (
-    WORKING_MM,
     Similarity,
     Volume,
     apply,
     coverage,
     head_volume,
 )
+from babyseg_bids.registration import affine_of, ants_image, deterministic_ants
 
 # Radius in mm of the sphere over which the difference of two transforms is averaged; a head is
 # about 40 mm (preterm) to 75 mm (five years) in radius.
@@ -42,15 +40,20 @@ IDENTITY_GAIN = 1.03
 # Refused below: noise reached 1.004, a brain upside down 1.042, the least similar true pair (5 mm
 # slices, noise, bias fields) 1.147.
 MIN_SIMILARITY = 1.05
-# Two different brains match in outline only, so that a shift of `PROBE_MM` hardly matters. The
-# share of the similarity left after it was 0.86 to 0.89 for brains of other children, and 0.36 to
-# 0.78 for true pairs, however degraded. Only pairs of low similarity are doubted at all: other
-# children reached 1.120, true pairs 1.147 and more.
+# Two different brains match in outline only, so that a shift of `PROBE_MM` hardly matters. It took
+# 0.11 to 0.17 of the similarity away for brains of other children, and 0.22 to 0.64 for true
+# pairs, however degraded. Other children reached a similarity of 1.120, true pairs 1.147 and more.
 PROBE_MM = 3.0
-MAX_BLUNTNESS = 0.82
+MIN_SHARPNESS = 0.18
 DOUBTFUL_SIMILARITY = 1.13
+# From here on the images alone are proof enough; below, each scan is segmented alone, if a network
+# is at hand. Of the voxels of either brain, true pairs had one label in 0.85 to 0.90, different
+# children in at most 0.77.
+SURE_SHARPNESS = 0.3
+MIN_OVERLAP, SURE_OVERLAP = 0.80, 0.84
 # A child that lies this far turned between two scans of one session is an error of the header.
 MAX_ROTATION_DEG = 60.0
+DOUBTFUL_ROTATION_DEG = 40.0
 
 Status = Literal['identity', 'rigid', 'refused']
 
@@ -73,6 +76,13 @@ class Alignment:
         kept when the transform is refused, so that the reader sees what was refused.
     reason : str
         One sentence.
+    sharpness : float
+        Share of the similarity (less 1) that a shift of `PROBE_MM` takes away: high where the
+        insides of two heads match, low where their outlines do.
+    overlap : float, optional
+        Agreement of the two scans' own segmentations, where it was asked for (`with_overlap`).
+    doubt : str
+        One sentence on why a person should look at it although it is used; else empty.
     """
 
     matrix: np.ndarray
@@ -82,6 +92,9 @@ class Alignment:
     rotation_deg: float
     translation_mm: float
     reason: str
+    sharpness: float = 1.0
+    overlap: float | None = None
+    doubt: str = ''
 
 
 def rms_displacement(matrix: np.ndarray, centre: np.ndarray, /) -> float:
@@ -124,49 +137,12 @@ def _starts(fixed: Volume, moving: Volume) -> Iterator[np.ndarray]:
             yield rotation_matrix(degrees, pivot) @ shift
 
 
-@contextmanager
-def _deterministic(seed: int) -> Iterator[Any]:
-    """ANTs, with sampling that `seed` fixes for as long as the block lasts."""
-    variable = 'ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS'
-    # ANTsPy seeds numpy's global generator, which is not ours to change.
-    before, state = os.environ.get(variable), np.random.get_state()  # noqa: NPY002
-    os.environ[variable] = '1'
-    import ants
-
-    # 0 means "take the clock" to ITK.
-    ants.config.set_ants_deterministic(True, seed_value=seed + 1)
-    try:
-        yield ants
-    finally:
-        ants.config.set_ants_deterministic(False, seed_value=None)
-        np.random.set_state(state)  # noqa: NPY002
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
-
-
-# ITK's world axes point left and back where nibabel's point right and front.
-_FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
-
-
-def _ants_image(ants: Any, volume: Volume, matrix: np.ndarray) -> Any:
-    """`volume` as an ANTs image that the rigid `matrix` has moved."""
-    affine = _FLIP @ matrix @ volume.affine
-    return ants.from_numpy(
-        volume.data,
-        origin=affine[:3, 3].tolist(),
-        spacing=[WORKING_MM] * 3,
-        direction=affine[:3, :3] / WORKING_MM,
-    )
-
-
 def _refine(ants: Any, fixed: Volume, moving: Volume, start: np.ndarray) -> np.ndarray:
     """Rigid registration with Mattes mutual information, beginning at `start`."""
     with tempfile.TemporaryDirectory(prefix='babyseg-align-') as folder:
         result = ants.registration(
-            _ants_image(ants, fixed, np.eye(4)),
-            _ants_image(ants, moving, start),
+            ants_image(ants, fixed.data, fixed.affine),
+            ants_image(ants, moving.data, start @ moving.affine),
             type_of_transform='Rigid',
             initial_transform='Identity',
             outprefix=f'{folder}/',
@@ -177,40 +153,57 @@ def _refine(ants: Any, fixed: Volume, moving: Volume, start: np.ndarray) -> np.n
             aff_shrink_factors=(2, 1),
             aff_smoothing_sigmas=(1, 0),
         )
-        found = ants.read_transform(result['fwdtransforms'][0])
-    values, centre = np.array(found.parameters), np.array(found.fixed_parameters)
-    pull = np.eye(4)
+        pull = affine_of(ants.read_transform(result['fwdtransforms'][0]))
     # Rounding to float32 leaves the rotation slightly off; the nearest orthonormal one is taken.
-    left, _, right = np.linalg.svd(values[:9].reshape(3, 3))
+    left, _, right = np.linalg.svd(pull[:3, :3])
     pull[:3, :3] = left @ right
-    pull[:3, 3] = values[9:] + centre - pull[:3, :3] @ centre
-    return np.linalg.inv(_FLIP @ pull @ _FLIP) @ start
+    return np.linalg.inv(pull) @ start
 
 
-def _bluntness(similarity: Similarity, matrix: np.ndarray) -> float:
-    """Share of the similarity that is left when the scan is shifted by `PROBE_MM`."""
+def _sharpness(similarity: Similarity, matrix: np.ndarray) -> float:
+    """Share of the similarity that is lost when the scan is shifted by `PROBE_MM`."""
     peak = similarity(matrix) - 1
     left = []
     for axis, step in product(range(3), (-PROBE_MM, PROBE_MM)):
         moved = matrix.copy()
         moved[axis, 3] += step
         left.append(similarity(moved) - 1)
-    return float(np.mean(left) / peak) if peak > 0 else 1.0
+    return float(1 - np.mean(left) / peak) if peak > 0 else 0.0
 
 
-def _objection(similarity: Similarity, matrix: np.ndarray) -> str:
-    """Why `matrix` cannot be trusted; empty when it can."""
-    value, turn = similarity(matrix), rotation_angle(matrix)
-    if value < MIN_SIMILARITY:
+def _objection(similarity: float, turn: float) -> str:
+    """Why the position that was found cannot be right; empty when it can."""
+    if similarity < MIN_SIMILARITY:
         return (
-            f'no position makes it resemble the reference (similarity {value:.3f}, at least '
+            f'no position makes it resemble the reference (similarity {similarity:.3f}, at least '
             f'{MIN_SIMILARITY:.2f} is needed)'
         )
     if turn > MAX_ROTATION_DEG:
         return f'it would have to be turned by {turn:.0f} degrees, which is not plausible'
-    if value < DOUBTFUL_SIMILARITY and _bluntness(similarity, matrix) > MAX_BLUNTNESS:
-        return f'it matches in outline only, as another brain would (similarity {value:.3f})'
     return ''
+
+
+def _is_outline(similarity: float, sharpness: float) -> bool:
+    """Whether two heads match as those of two children do."""
+    return similarity < DOUBTFUL_SIMILARITY and sharpness < MIN_SHARPNESS
+
+
+def _other_brain(similarity: float, sharpness: float, overlap: float | None) -> tuple[str, str]:
+    """Why two scans are not of one brain, and why one may doubt that they are; empty if not."""
+    if overlap is None:
+        if _is_outline(similarity, sharpness):
+            return (
+                f'it matches in outline only, as another brain would (similarity {similarity:.3f})'
+            ), ''
+        weak = sharpness < MIN_SHARPNESS
+        return '', 'It matches the reference in little but its outline.' if weak else ''
+    share = f'{100 * overlap:.0f} % of the brain'
+    # Both signs of another brain together weigh more than one.
+    if overlap < (SURE_OVERLAP if _is_outline(similarity, sharpness) else MIN_OVERLAP):
+        return f'segmented alone, it agrees with the reference in {share} only', ''
+    if overlap < SURE_OVERLAP:
+        return '', f'Segmented alone, it agrees with the reference in {share} only.'
+    return '', ''
 
 
 def _search(
@@ -220,13 +213,15 @@ def _search(
     starts = sorted(_starts(fixed, moving), key=similarity, reverse=True)
     best, objection = starts[0], ''
     reached: list[np.ndarray] = []
-    with _deterministic(seed) as ants:
+    with deterministic_ants(seed) as ants:
         for start in starts[:REFINED_STARTS]:
             found = _refine(ants, fixed, moving, start)
             best = max(best, start, found, key=similarity)
-            objection = _objection(similarity, best)
+            value = similarity(best)
+            objection = _objection(value, rotation_angle(best))
             again = any(_apart(found, other, moving.centre) < SAME_MM for other in reached)
-            if not objection or again:
+            sound = not objection and not _is_outline(value, _sharpness(similarity, best))
+            if sound or again:
                 break
             reached.append(found)
     return best, objection
@@ -238,7 +233,13 @@ def _apart(one: np.ndarray, other: np.ndarray, centre: np.ndarray) -> float:
 
 
 def align(
-    reference: nib.Nifti1Image, moving: nib.Nifti1Image, /, *, seed: int = 0, threads: int = 1
+    reference: nib.Nifti1Image,
+    moving: nib.Nifti1Image,
+    /,
+    *,
+    seed: int = 0,
+    threads: int = 1,
+    own_overlap: Callable[[np.ndarray], float] | None = None,
 ) -> Alignment:
     """Find the rigid movement that brings `moving` onto `reference`.
 
@@ -251,6 +252,9 @@ def align(
     threads : int
         Accepted for symmetry with the other steps. ANTs repeats itself only with one thread, and
         a pair takes a few seconds.
+    own_overlap : function, optional
+        Agreement (0..1) of the two scans' own segmentations under a movement; it is asked only
+        where the similarity leaves open whether both show one brain.
 
     Raises
     ------
@@ -262,10 +266,17 @@ def align(
     similarity = Similarity(fixed, other, coverage(moving), seed=seed)
     before = similarity(np.eye(4))
     found, objection = _search(fixed, other, similarity, seed=seed)
-    after = similarity(found)
+    after, sharpness = similarity(found), _sharpness(similarity, found)
     centre = apply(np.linalg.inv(found), fixed.centre[None])[0]
     shift = float(np.linalg.norm(fixed.centre - centre))
     turn = rotation_angle(found)
+    overlap, doubt = None, ''
+    if not objection:
+        if own_overlap is not None and sharpness < SURE_SHARPNESS:
+            overlap = own_overlap(found)
+        objection, doubt = _other_brain(after, sharpness, overlap)
+        if turn > DOUBTFUL_ROTATION_DEG:
+            doubt = f'It had to be turned by {turn:.0f} degrees. {doubt}'.strip()
     status: Status
     if objection:
         matrix, status, reason = np.eye(4), 'refused', f'Left out: {objection}.'
@@ -276,7 +287,7 @@ def align(
     else:
         matrix, status = found, 'rigid'
         reason = f'Moved by {shift:.1f} mm and turned by {turn:.1f} degrees.'
-    return Alignment(matrix, status, after, before, turn, shift, reason)
+    return Alignment(matrix, status, after, before, turn, shift, reason, sharpness, overlap, doubt)
 
 
 def write_transform(matrix: np.ndarray, path: Path | str, /) -> None:

@@ -57,6 +57,16 @@ def apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
     return points @ matrix[:3, :3].T + matrix[:3, 3]
 
 
+def _without_border(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cut off outer planes that are all zero."""
+    box = ndimage.find_objects((data != 0).astype(np.uint8))
+    if not box:
+        return data, affine
+    step = np.eye(4)
+    step[:3, 3] = [s.start for s in box[0]]
+    return data[box[0]], affine @ step
+
+
 def _reduce(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Average blocks of voxels until they are nearly, but not over, `WORKING_MM` long."""
     zooms = np.linalg.norm(affine[:3, :3], axis=0)
@@ -84,10 +94,9 @@ def _threshold(values: np.ndarray) -> float:
     return float(edges[1:][between.argmax()])
 
 
-def _head_mask(data: np.ndarray) -> np.ndarray:
+def _head_mask(data: np.ndarray, stripped: bool) -> np.ndarray:
     """Largest connected part of the image that is not background, its holes filled."""
-    if (data == 0).mean() > 0.3:
-        # The image was masked: all that is left of it is head.
+    if stripped:
         mask = data > 0
     else:
         # Half of Otsu's threshold keeps dark tissue; air in an unmasked scan lies well below.
@@ -116,10 +125,13 @@ def head_volume(image: nib.Nifti1Image, what: str, /) -> Volume:
     AlignmentError
         When there is nothing but background.
     """
-    data, affine = _reduce(np.asanyarray(image.dataobj, dtype=np.float32), image.affine)
+    data, affine = np.asanyarray(image.dataobj, dtype=np.float32), image.affine
+    # A masked image has nothing but head in it.
+    stripped = bool((data == 0).mean() > 0.3)
+    data, affine = _reduce(*_without_border(data, affine))
     # Some scans have an offset, or a background below zero.
     data = np.maximum(data - np.quantile(data, 0.01), 0)
-    mask = _head_mask(data)
+    mask = _head_mask(data, stripped)
     found = np.argwhere(mask)
     if not len(found):
         raise AlignmentError(
@@ -138,7 +150,8 @@ def head_volume(image: nib.Nifti1Image, what: str, /) -> Volume:
     top = max(np.quantile(data[mask], 0.99), np.finfo(np.float32).tiny)
     data = np.minimum(data / top, 1)
     out = ndimage.affine_transform(data, pull, output_shape=tuple(shape), order=1)
-    inside = ndimage.affine_transform(mask.astype(np.float32), pull, output_shape=tuple(shape))
+    mask = mask.astype(np.float32)
+    inside = ndimage.affine_transform(mask, pull, output_shape=tuple(shape), order=1)
     return Volume(out, grid, inside > 0.5, head.mean(0))
 
 

@@ -264,11 +264,66 @@ def plugin_unusable(path: Path, reason: str, /) -> str:
     )
 
 
-def spaces_unavailable(spaces: Iterable[str], /) -> str:
-    """Standard spaces were asked for."""
+def space_unknown(text: str, known: Iterable[str], /) -> str:
+    """A word after --output-spaces that means nothing."""
     return (
-        f'--output-spaces: this version writes results on the grid of the reference image only, '
-        f'not in {", ".join(spaces)}. Leave the option out, or give anat.'
+        f'--output-spaces: {text!r} is not known; give {", ".join(known)}, and :cohort-auto or '
+        ':cohort-N behind a template that has cohorts.'
+    )
+
+
+def cohort_unknown(text: str, template: str, known: int, /) -> str:
+    """A cohort that a template does not have."""
+    has = f'has the cohorts 1 to {known}' if known else 'has no cohorts'
+    return f'--output-spaces: {template} {has}, so {text!r} does not exist.'
+
+
+def cohort_without_age(text: str, template: str, /) -> str:
+    """The cohort was to follow from an age that is not known."""
+    return (
+        f'{text} was not written: its cohort follows from the age, which is not known; give it '
+        f'with --age-months, or name a cohort ({template}:cohort-N).'
+    )
+
+
+def cohort_too_far(text: str, template: str, months: float, /) -> str:
+    """No cohort is near the age of the child."""
+    return (
+        f'{text} was not written: {template} has no cohort near the age of {months:.1f} months; '
+        f'name one ({template}:cohort-N), or ask for another template.'
+    )
+
+
+def cohort_nearest(space: str, months: float, /) -> str:
+    """The child is younger or older than those of the nearest cohort."""
+    return (
+        f'{space} is the cohort nearest to {months:.1f} months, although it was made from '
+        'children of other ages; look at the result.'
+    )
+
+
+def template_missing(space: str, folder: Path, reason: str, /) -> str:
+    """A template is neither on this machine nor to be had."""
+    return (
+        f'{space} was not written: its template is not in {folder} and could not be fetched '
+        f'({reason}); fetch it where there is internet, set TEMPLATEFLOW_HOME to its folder, and '
+        'run again.'
+    )
+
+
+def normalisation_poor(space: str, overlap: float, least: float, /) -> str:
+    """The labels lie badly on those of the template."""
+    return (
+        f'The labels in {space} overlap with those of the template by {overlap:.2f} only (Dice, '
+        f'at least {least:.2f} is expected); look at them before use.'
+    )
+
+
+def normalisation_empty(space: str, /) -> str:
+    """There are too few labels to register with."""
+    return (
+        f'{space} was not written: the scan or the template has too few structures to align '
+        'them; look at the label map.'
     )
 
 

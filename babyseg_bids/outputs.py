@@ -115,6 +115,15 @@ class Names:
         name = f'{entities}from-{ends[0]}_to-{ends[1]}_mode-image_xfm.txt'
         return f'{self.folder}/{self.session.name}_{name}'
 
+    def standard(self, space: str) -> str:
+        """Label map in a standard space, without its ending."""
+        return f'{self.folder}/{self.session.name}_space-{space}_desc-aseg_dseg'
+
+    def standard_transform(self, space: str, *, inverse: bool = False) -> str:
+        """Composite ITK transform between the reference scan and a standard space."""
+        ends = (space, self.space) if inverse else (self.space, space)
+        return self.record(f'from-{ends[0]}_to-{ends[1]}_mode-image_xfm.h5')
+
     @property
     def ledger(self) -> str:
         """The completion record, which appears last."""
@@ -220,7 +229,23 @@ def is_done(session: SessionInputs, output: Path, settings: Settings, /) -> bool
         return False
     if settings.report and not any(name.endswith('.html') for name in outputs):
         return False
-    return same and all((output / name).is_file() for name in outputs)
+    complete = same and all((output / name).is_file() for name in outputs)
+    return complete and not _can_be_completed(session, ledger, settings)
+
+
+def _can_be_completed(
+    session: SessionInputs, ledger: Mapping[str, Any], settings: Settings
+) -> bool:
+    """Whether a template that was missing when the session was done is there by now."""
+    missing = [r['asked'] for r in ledger.get('spaces', ()) if r['missing']]
+    if not missing:
+        return False
+    from babyseg_bids.spaces import choose_space
+    from babyseg_bids.templates import is_on_disk, template_root
+
+    root = template_root(settings.work_root)
+    spaces = [choose_space(text, session.age)[0] for text in missing]
+    return any(s is not None and is_on_disk(s, root) for s in spaces)
 
 
 def dseg_table(*, official: bool = False) -> str:
@@ -279,7 +304,10 @@ def write_dataset_files(settings: Settings, methods: str, /) -> None:
         'DatasetType': 'derivative',
         'GeneratedBy': [generated_by()],
         'SourceDatasets': [source_dataset(settings.bids_dir)],
-        'DatasetLinks': {'raw': settings.bids_dir.resolve().as_uri()},
+        'DatasetLinks': {
+            'raw': settings.bids_dir.resolve().as_uri(),
+            'templateflow': 'https://github.com/templateflow/templateflow',
+        },
     }
     descriptions = ''.join(f'desc-{k}\t{v}\n' for k, v in DESCRIPTIONS.items())
     files = {

@@ -1,19 +1,22 @@
 """Align and segment the scans of one session: the steps as functions, and the Python API."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 
+from babyseg_bids.agreement import OwnSegmentations
 from babyseg_bids.alignment import Alignment, align
 from babyseg_bids.errors import InputError
 from babyseg_bids.morphometry import morphometry_table
 from babyseg_bids.network import Model, Segmentation, load_model, segment
 from babyseg_bids.outputs import coarse_uncertainty, like_reference
 from babyseg_bids.preflight import load_image
+from babyseg_bids.preprocessing import BiasCorrection, preprocess
 from babyseg_bids.qc import session_qc
 from babyseg_bids.records import Age, Flag
 
@@ -49,10 +52,34 @@ class Result:
 
 
 def align_scans(
-    images: Sequence[nib.Nifti1Image], /, *, seed: int = 0, threads: int = 1
+    images: Sequence[nib.Nifti1Image],
+    model: Callable[[], Model] | None = None,
+    /,
+    *,
+    seed: int = 0,
+    device: str = 'auto',
+    threads: int = 1,
 ) -> list[Alignment]:
-    """Alignment of each image after the first to the first."""
-    return [align(images[0], image, seed=seed, threads=threads) for image in images[1:]]
+    """Alignment of each image after the first to the first.
+
+    Parameters
+    ----------
+    model : gives the network that segments each scan alone where the images leave open whether
+        they are of one brain; None to judge by the images only
+    """
+    if len(images) < 2:
+        return []
+    own = OwnSegmentations(images[0], model, device=device, threads=threads) if model else None
+    return [
+        align(
+            images[0],
+            image,
+            seed=seed,
+            threads=threads,
+            own_overlap=own and partial(own.agreement, image),
+        )
+        for image in images[1:]
+    ]
 
 
 def segment_aligned(
@@ -64,8 +91,10 @@ def segment_aligned(
     device: str = 'auto',
     threads: int | None = None,
     keep_probabilities: bool = False,
+    bias_correction: BiasCorrection = 'none',
+    denoise: bool = False,
 ) -> tuple[Segmentation, tuple[float, ...]]:
-    """Segment the images that could be aligned.
+    """Segment the images that could be aligned, after `preprocess`.
 
     Returns
     -------
@@ -73,8 +102,9 @@ def segment_aligned(
     """
     matrices = [np.eye(4), *(a.matrix for a in alignments)]
     kept = [True, *(a.status != 'refused' for a in alignments)]
+    treat = partial(preprocess, bias_correction=bias_correction, denoise=denoise)
     scans = [
-        (np.asanyarray(image.dataobj), matrix @ image.affine)
+        (np.asanyarray(treat(image).dataobj), matrix @ image.affine)
         for image, matrix, keep in zip(images, matrices, kept, strict=True)
         if keep
     ]
@@ -85,9 +115,13 @@ def segment_aligned(
     return result, tuple(next(given) if keep else 0.0 for keep in kept)
 
 
-def refused_flag(name: str, alignment: Alignment, /) -> Flag:
-    """The flag for a scan that was left out because it could not be aligned."""
-    return Flag('alignment-refused', 'warning', f'{name} was not used. {alignment.reason}')
+def alignment_flags(name: str, alignment: Alignment, /) -> list[Flag]:
+    """The flag for a scan that could not be aligned, or only with doubt."""
+    if alignment.status == 'refused':
+        return [Flag('alignment-refused', 'warning', f'{name} was not used. {alignment.reason}')]
+    if alignment.doubt:
+        return [Flag('alignment-doubtful', 'warning', f'{name} was used. {alignment.doubt}')]
+    return []
 
 
 class BabySegPipeline:
@@ -100,6 +134,7 @@ class BabySegPipeline:
     uncertainty_threshold : voxels above it count as uncertain, 0..1
     threads : of the CPU; None for torch's own choice
     random_seed : fixes the alignment
+    bias_correction, denoise : see `preprocessing.preprocess`
 
     Examples
     --------
@@ -116,12 +151,16 @@ class BabySegPipeline:
         *,
         threads: int | None = None,
         random_seed: int = 0,
+        bias_correction: BiasCorrection = 'none',
+        denoise: bool = False,
     ) -> None:
         self.model = load_model(model)
         self.device = device
         self.uncertainty_threshold = uncertainty_threshold
         self.threads = threads
         self.random_seed = random_seed
+        self.bias_correction: BiasCorrection = bias_correction
+        self.denoise = denoise
 
     def predict(
         self,
@@ -148,7 +187,13 @@ class BabySegPipeline:
             raise InputError('There is no scan to segment; give at least one.')
         images = [_as_image(scan, affine) for scan in scans]
         headers = _header_of(scans[0], images[0])
-        alignments = align_scans(images, seed=self.random_seed, threads=self.threads or 1)
+        alignments = align_scans(
+            images,
+            lambda: self.model,
+            seed=self.random_seed,
+            device=self.device,
+            threads=self.threads or 1,
+        )
         result, weights = segment_aligned(
             images,
             alignments,
@@ -156,6 +201,8 @@ class BabySegPipeline:
             device=self.device,
             threads=self.threads,
             keep_probabilities=keep_probabilities,
+            bias_correction=self.bias_correction,
+            denoise=self.denoise,
         )
         volumes = morphometry_table(
             result.labels,
@@ -174,10 +221,10 @@ class BabySegPipeline:
             self.uncertainty_threshold,
             self.model.labels,
         )
-        refused = [
-            refused_flag(f'Scan {i}', a)
+        doubts = [
+            flag
             for i, a in enumerate(alignments, start=2)
-            if a.status == 'refused'
+            for flag in alignment_flags(f'Scan {i}', a)
         ]
         probabilities = None
         if result.probabilities is not None:
@@ -191,7 +238,7 @@ class BabySegPipeline:
             probabilities=probabilities,
             volumes=volumes,
             qc=qc,
-            flags=(*refused, *flags),
+            flags=(*doubts, *flags),
             scan_weights=weights,
             alignments=tuple(alignments),
         )

@@ -97,6 +97,11 @@ class Settings:
         Memory for all, in GiB; 0 until it is decided.
     random_seed : int
         Fixes every random choice (alignment samples its voxels at random).
+    bias_correction : 'none' or 'n4'
+    denoise : bool
+        Both as in `preprocessing.preprocess`.
+    output_spaces : tuple of str
+        As given, see `spaces.parse_space`.
     uncertainty_threshold : float
         From 0 to 1: voxels above it count as uncertain.
     """
@@ -116,6 +121,8 @@ class Settings:
     ages: str | None = None
     device: str = 'auto'
     model: str = 'default'
+    bias_correction: str = 'none'
+    denoise: bool = False
     random_seed: int = 0
     uncertainty_threshold: float = 0.3
     save_probabilities: bool = False
@@ -199,6 +206,8 @@ class Settings:
             'model_sha256': _file_checksum(self.model),
             'contrasts': sorted(self.contrasts),
             'reference_anat': self.reference_anat,
+            'bias_correction': self.bias_correction,
+            'denoise': self.denoise,
             'random_seed': self.random_seed,
             'uncertainty_threshold': self.uncertainty_threshold,
             'save_probabilities': self.save_probabilities,

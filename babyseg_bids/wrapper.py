@@ -45,17 +45,17 @@ PATIENCE = 60
 # Options of this program, then those of babyseg, by the number of values that they take.
 OWN = ('--engine', '--image', '--bind', '--container-memory')
 FLAGS = (
-    '--boilerplate-only', '--clean-workdir', '--dry-run', '--help', '--low-mem', '--no-report',
-    '--notrack', '--now', '--overwrite', '--reports-only', '--resource-monitor',
+    '--boilerplate-only', '--clean-workdir', '--denoise', '--dry-run', '--help', '--low-mem',
+    '--no-report', '--notrack', '--now', '--overwrite', '--reports-only', '--resource-monitor',
     '--save-probabilities', '--show-command', '--skip-bids-validation', '--stop-on-first-crash',
     '--verbose', '--version', '--write-graph',
 )  # fmt: skip
 SINGLE = (
-    '--array-task', '--bids-database-dir', '--bids-filter-file', '--config-file', '--device',
-    '--fs-license-file', '--mem', '--mem-gb', '--mem-mb', '--model', '--n-cpus',
-    '--nipype-plugin-file', '--nprocs', '--nthreads', '--omp-nthreads', '--random-seed',
-    '--reference-anat', '--sessions-per-task', '--slurm-account', '--slurm-partition', '--submit',
-    '--uncertainty-threshold', '--use-plugin', '--work-dir',
+    '--array-task', '--bias-correction', '--bids-database-dir', '--bids-filter-file',
+    '--config-file', '--device', '--fs-license-file', '--mem', '--mem-gb', '--mem-mb', '--model',
+    '--n-cpus', '--nipype-plugin-file', '--nprocs', '--nthreads', '--omp-nthreads',
+    '--random-seed', '--reference-anat', '--sessions-per-task', '--slurm-account',
+    '--slurm-partition', '--submit', '--uncertainty-threshold', '--use-plugin', '--work-dir',
 )  # fmt: skip
 SEVERAL = (
     '--age-months', '--contrasts', '--output-spaces', '--participant-label', '--session-id',

@@ -1,5 +1,6 @@
 """Rigid alignment: on a phantom with two contrasts, and on the paired infant templates."""
 
+import importlib.util
 from pathlib import Path
 
 import nibabel as nib
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from babyseg_bids import alignment
+from babyseg_bids.agreement import agreement
 from babyseg_bids.alignment import (
     align,
     rms_displacement,
@@ -86,6 +89,64 @@ def test_a_sheared_header_can_be_aligned(classes):
     sheared = AFFINE.copy()
     sheared[0, 1] = 0.05
     assert align(scan(classes, T1), scan(classes, T2, sheared)).status in ('identity', 'rigid')
+
+
+@pytest.mark.parametrize(
+    ('overlap', 'status', 'flagged'),
+    [(0.95, 'rigid', False), (0.82, 'rigid', True), (0.5, 'refused', False)],
+)
+def test_own_segmentations_decide_where_the_images_do_not(
+    displaced, monkeypatch, overlap: float, status: str, flagged: bool
+):
+    reference, moving, move, _ = displaced
+    monkeypatch.setattr(alignment, 'SURE_SHARPNESS', 1.0)
+    asked = []
+    found = align(reference, moving, seed=3, own_overlap=lambda m: asked.append(m) or overlap)
+    assert rms_displacement(asked[0] @ move, np.zeros(3)) < 1.0
+    assert (found.status, bool(found.doubt), found.overlap) == (status, flagged, overlap)
+
+
+def test_own_segmentations_are_not_made_where_the_images_are_proof(displaced):
+    *_, found = displaced
+    assert found.sharpness > alignment.SURE_SHARPNESS
+    assert found.overlap is None
+
+
+@pytest.fixture(scope='module')
+def benchmark(root: Path):
+    """The benchmark's own cases, on real pairs of scans."""
+    spec = importlib.util.spec_from_file_location('bench', root / 'benchmarks' / 'alignment.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.needs_shared('data/ds-templates')
+@pytest.mark.parametrize('number', [2, 5, 9])
+def test_a_known_movement_between_two_real_scans_is_undone(benchmark, shared: Path, number: int):
+    (_, *pair) = list(benchmark.cases(shared / 'data', number + 1, brains=False))[number]
+    row = benchmark.run_case(number, *pair)
+    assert row['status'] == 'rigid'
+    assert row['error_mm'] < benchmark.TOLERANCE_MM
+    assert row['error_degrees'] < benchmark.TOLERANCE_DEGREES
+
+
+@pytest.mark.needs_shared('data/ds-templates')
+def test_another_brain_is_left_out(benchmark, shared: Path):
+    one, other = benchmark.different_brains(shared / 'data')[0]
+    assert (one.name, other.name) == ('sub-month24_T1w.nii.gz', 'sub-month24_T2w.nii.gz')
+    assert align(benchmark.loaded(one), benchmark.loaded(other)).status == 'refused'
+
+
+def test_two_label_maps_agree_where_both_were_scanned():
+    one = np.zeros((4, 4, 4), int)
+    one[1:3] = 2
+    other = one.copy()
+    other[2, :2] = 3
+    everywhere = np.ones(one.shape, bool)
+    assert agreement(one, other, everywhere) == pytest.approx(0.75)
+    assert agreement(one, other, np.arange(4)[None, :, None] + 0 * one > 1) == 1.0
+    assert agreement(0 * one, 0 * one, everywhere) == 0.0
 
 
 def test_noise_is_refused(classes):

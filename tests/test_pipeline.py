@@ -1,9 +1,13 @@
+from types import SimpleNamespace
+
 import nibabel as nib
 import numpy as np
 import pytest
 from test_workflow import AFFINE, head
 
 from babyseg_bids import BabySegPipeline
+from babyseg_bids import pipeline as pipeline_module
+from babyseg_bids.alignment import Alignment
 from babyseg_bids.errors import InputError
 
 T1, T2 = (0.8, 0.1, 0.5, 0.7), (0.4, 1.0, 0.6, 0.4)
@@ -38,6 +42,24 @@ def test_two_scans_are_segmented_jointly(pipeline):
     assert len(result.alignments) == 1
     assert result.probabilities.shape == (48, 48, 48, 28)
     assert result.brain_mask.get_data_dtype() == np.uint8
+
+
+def test_repeats_of_a_contrast_are_further_scans_and_not_averaged(monkeypatch):
+    given = []
+
+    def segment(scans, *_, **__):
+        given.extend(scans)
+        return SimpleNamespace(scan_weights=(0.5, 0.5))
+
+    monkeypatch.setattr(pipeline_module, 'segment', segment)
+    images = [nib.Nifti1Image(head(T1, seed), AFFINE) for seed in (0, 1)]
+    move = nib.affines.from_matvec(np.eye(3), [3, -2, 5])
+    alignment = Alignment(move, 'rigid', 1.3, 1.1, 0.0, 6.2, 'Moved.')
+    _, weights = pipeline_module.segment_aligned(images, [alignment], None)
+    assert weights == (0.5, 0.5)
+    for (data, affine), image, matrix in zip(given, images, (np.eye(4), move), strict=True):
+        np.testing.assert_array_equal(data, image.dataobj)
+        np.testing.assert_array_equal(affine, matrix @ AFFINE)
 
 
 def test_unusable_scans_are_refused_in_words(pipeline, tmp_path):

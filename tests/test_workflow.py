@@ -1,6 +1,7 @@
 """The whole run on a small dataset: real files, real workflow, real network weights."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 from babyseg_bids.alignment import Alignment
+from babyseg_bids.discovery import find_sessions
 from babyseg_bids.interfaces.session import after_alignment
+from babyseg_bids.outputs import is_done
 from babyseg_bids.records import Age, LedgerRow, Scan, SessionInputs
 from babyseg_bids.settings import Settings
 
@@ -52,15 +55,35 @@ def dataset(tmp_path_factory):
     return folder
 
 
-def babyseg(*arguments):
+def babyseg(*arguments, **environ):
     command = [sys.executable, '-m', 'babyseg_bids.cli.run', *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        env={**os.environ, **{k: str(v) for k, v in environ.items()}},
+    )
 
 
 @pytest.fixture(scope='module')
-def run(dataset, tmp_path_factory):
+def templateflow(tmp_path_factory):
+    """A TemplateFlow folder with cohort 3 of one template, a head like those of the dataset."""
+    folder = tmp_path_factory.mktemp('templateflow')
+    name = 'tpl-MNIInfant/cohort-3/tpl-MNIInfant_cohort-3_res-1_T1w.nii.gz'
+    write(folder, name, head((0.8, 0.1, 0.5, 0.7), 5))
+    return folder
+
+
+SPACES = ('--output-spaces', 'anat', 'MNIInfant:cohort-auto', 'UNCInfant:cohort-1')
+
+
+@pytest.fixture(scope='module')
+def run(dataset, templateflow, tmp_path_factory):
     output = tmp_path_factory.mktemp('derivatives')
-    result = babyseg(dataset, output, 'participant', '--save-probabilities', '--nprocs', 2)
+    options = ('--save-probabilities', '--nprocs', 2, *SPACES)
+    result = babyseg(dataset, output, 'participant', *options, TEMPLATEFLOW_HOME=templateflow)
     return result, output
 
 
@@ -93,7 +116,7 @@ def test_the_session_without_a_usable_image_is_named(run):
 def test_images_have_the_header_of_the_reference(run, dataset):
     _, output = run
     reference = nib.load(dataset / 'sub-01/ses-A/anat/sub-01_ses-A_T1w.nii.gz')
-    for path in output.glob('sub-01/ses-A/anat/*.nii.gz'):
+    for path in output.glob('sub-01/ses-A/anat/*_space-T1w_*.nii.gz'):
         image = nib.load(path)
         assert image.shape[:3] == reference.shape
         np.testing.assert_array_equal(image.affine, reference.affine)
@@ -169,11 +192,55 @@ def test_the_validator_accepts_the_output(run):
     assert errors == []
 
 
-def test_a_second_run_skips_what_is_done(run, dataset):
+def test_a_space_whose_template_is_there_is_written(run, templateflow):
+    _, output = run
+    anat = output / 'sub-01/ses-A/anat'
+    stem = 'sub-01_ses-A_space-MNIInfant+3_desc-aseg_dseg'
+    labels, sidecar = (
+        nib.load(anat / f'{stem}.nii.gz'),
+        json.loads((anat / f'{stem}.json').read_text()),
+    )
+    template = next(templateflow.rglob('*_T1w.nii.gz'))
+    assert labels.shape == nib.load(template).shape
+    np.testing.assert_array_equal(labels.affine, nib.load(template).affine)
+    assert sidecar['SpatialReference'].endswith(template.name)
+    for ends in ('from-T1w_to-MNIInfant+3', 'from-MNIInfant+3_to-T1w'):
+        assert (anat / f'sub-01_ses-A_{ends}_mode-image_xfm.h5').is_file()
+
+
+def test_a_space_without_a_template_is_flagged_and_the_rest_is_complete(run):
+    _, output = run
+    ledger = output / 'sub-01/ses-A/anat/sub-01_ses-A_desc-inputs_ledger.json'
+    record = json.loads(ledger.read_text())
+    assert [(r['asked'], r['missing']) for r in record['spaces']] == [
+        ('MNIInfant:cohort-auto', False),
+        ('UNCInfant:cohort-1', True),
+    ]
+    (flag,) = [f for f in record['flags'] if f['code'] == 'space-not-written']
+    assert 'UNCInfant+1' in flag['message']
+    assert not list(output.rglob('*UNCInfant*'))
+
+
+def test_a_session_is_not_done_once_its_missing_template_is_there(
+    run, dataset, tmp_path, monkeypatch
+):
+    _, output = run
+    session = next(s for s in find_sessions(dataset) if s.name == 'sub-01_ses-A')
+    settings = Settings(dataset, output, save_probabilities=True, output_spaces=SPACES[1:])
+    for there in (False, True):
+        if there:
+            name = 'tpl-UNCInfant/cohort-1/tpl-UNCInfant_cohort-1_T1w.nii.gz'
+            write(tmp_path, name, head((0.8, 0.1, 0.5, 0.7)))
+        monkeypatch.setenv('TEMPLATEFLOW_HOME', str(tmp_path))
+        assert is_done(session, output, settings) is not there
+
+
+def test_a_second_run_skips_what_is_done(run, dataset, templateflow):
     _, output = run
     ledger = output / 'sub-01/ses-A/anat/sub-01_ses-A_desc-inputs_ledger.json'
     before = ledger.stat().st_mtime_ns
-    again = babyseg(dataset, output, 'participant', '--save-probabilities', '--nprocs', 2)
+    options = ('--save-probabilities', '--nprocs', 2, *SPACES)
+    again = babyseg(dataset, output, 'participant', *options, TEMPLATEFLOW_HOME=templateflow)
     assert again.returncode == 0
     assert ledger.stat().st_mtime_ns == before
 
@@ -199,8 +266,18 @@ def test_a_scan_that_cannot_be_aligned_is_left_out_with_a_flag():
     assert final.flags[0].code == 'alignment-refused'
 
 
+def test_a_scan_aligned_with_doubt_is_used_with_a_flag():
+    scans = tuple(Scan(f'/x/{s}.nii', f'anat/{s}.nii', s) for s in ('T1w', 'T2w'))
+    session = SessionInputs('01', None, scans, Age())
+    doubtful = Alignment(np.eye(4), 'rigid', 1.2, 1.0, 45.0, 3.0, 'Moved.', doubt='Turned far.')
+    final, kept = after_alignment(session, [doubtful])
+    assert final.scans == scans
+    assert kept == [doubtful]
+    assert [f.code for f in final.flags] == ['alignment-doubtful']
+    assert 'Turned far.' in final.flags[0].message
+
+
 def test_builders_only_wire(dataset, tmp_path):
-    from babyseg_bids.discovery import find_sessions
     from babyseg_bids.workflows import init_babyseg_wf
 
     sessions = [s for s in find_sessions(dataset) if s.scans]

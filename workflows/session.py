@@ -10,6 +10,7 @@ from niworkflows.engine.workflows import LiterateWorkflow
 from babyseg_bids.interfaces.session import (
     AlignScans,
     MeasureSession,
+    NormaliseSession,
     PublishSession,
     ReportSession,
     SegmentScans,
@@ -17,6 +18,7 @@ from babyseg_bids.interfaces.session import (
 )
 from babyseg_bids.records import SessionInputs
 from babyseg_bids.settings import Settings
+from babyseg_bids.spaces import standard_spaces
 
 # Measured peaks with 300^3 scans, in GB; `segment` holds torch, scans and features.
 SEGMENT_GB = 2.5
@@ -46,19 +48,24 @@ def init_session_wf(
     threads = max(1, settings.omp_nthreads)
     stamps = [_stamp(scan.path) for scan in session.scans]
     fingerprint = settings.fingerprint()
+    network = {
+        'model': settings.model,
+        'model_stamp': [fingerprint['version'], fingerprint['model_sha256']],
+        'device': settings.device,
+        'threads': threads,
+        'stamps': stamps,
+    }
     align = Node(
-        AlignScans(seed=settings.random_seed, threads=threads, stamps=stamps),
+        AlignScans(seed=settings.random_seed, **network),
         name='align',
-        mem_gb=LIGHT_GB,
+        mem_gb=LIGHT_GB if len(session.scans) == 1 else SEGMENT_GB,
     )
     segment = Node(
         SegmentScans(
-            model=settings.model,
-            model_stamp=[fingerprint['version'], fingerprint['model_sha256']],
-            device=settings.device,
-            threads=threads,
             keep_probabilities=settings.save_probabilities,
-            stamps=stamps,
+            bias_correction=settings.bias_correction,
+            denoise=settings.denoise,
+            **network,
         ),
         name='segment',
         n_procs=threads,
@@ -90,6 +97,25 @@ def init_session_wf(
     )
     if settings.save_probabilities:
         workflow.connect([(segment, publish, [('probabilities', 'probabilities')])])
+    spaces = standard_spaces(settings.output_spaces)
+    if spaces:
+        normalise = Node(
+            NormaliseSession(
+                spaces=list(spaces),
+                work_dir=str(settings.work_root),
+                seed=settings.random_seed,
+                **network,
+            ),
+            name='normalise',
+            mem_gb=SEGMENT_GB,
+        )
+        workflow.connect(
+            [
+                (inputnode, normalise, [('session', 'session')]),
+                (segment, normalise, [('labels', 'labels')]),
+                (normalise, publish, [('spaces', 'spaces'), ('files', 'space_files')]),
+            ]
+        )
     if settings.report:
         report = Node(
             ReportSession(uncertainty_threshold=settings.uncertainty_threshold),
@@ -105,6 +131,8 @@ def init_session_wf(
                 (report, publish, [('report', 'report'), ('figures', 'figures')]),
             ]
         )
+        if spaces:
+            workflow.connect([(normalise, report, [('spaces', 'spaces')])])
         if session.session:
             subject_page = Node(
                 UpdateSubjectPage(subject=session.subject, output_dir=str(settings.output_dir)),

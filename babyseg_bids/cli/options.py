@@ -6,15 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from babyseg_bids import messages
 from babyseg_bids.errors import UsageError
 from babyseg_bids.resources import parse_memory
 from babyseg_bids.shares import parse_array_task
+from babyseg_bids.spaces import parse_space, standard_spaces
 
 # Values below this are a mistaken unit: `--mem 8` means 8 MB.
 LEAST_MEMORY_GB = 0.5
-# Words for "the grid of the reference image" that users of other BIDS Apps write.
-NATIVE_SPACES = ('anat', 'T1w', 'T2w', 'native')
 
 
 def labels(prefix: str = '') -> Any:
@@ -127,10 +125,12 @@ def bids_filter(text: str) -> dict[str, Any]:
 
 
 def check_spaces(spaces: list[str], /) -> None:
-    """Refuse standard spaces, which are not written: silence would be taken for success."""
-    foreign = [space for space in spaces if space not in NATIVE_SPACES]
-    if foreign:
-        raise UsageError(messages.spaces_unavailable(foreign))
+    """Refuse what is no space: silence would be taken for success."""
+    try:
+        for text in standard_spaces(tuple(spaces)):
+            parse_space(text)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def model(text: str) -> str:

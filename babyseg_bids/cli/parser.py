@@ -178,6 +178,13 @@ def _add_segmentation(parser: argparse.ArgumentParser) -> None:
         help='voxels above it count as uncertain, from 0 to 1 (default: 0.3)',
     )
     group.add_argument(
+        '--bias-correction',
+        choices=('none', 'n4'),
+        metavar='METHOD',
+        help='n4: take bias fields out of the scans first (default: none)',
+    )
+    group.add_argument('--denoise', action='store_true', help='take noise out of the scans first')
+    group.add_argument(
         '--random-seed', type=options.seed, metavar='N', help='fixes all chance (default: 0)'
     )
 
@@ -191,7 +198,9 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
         '--output-spaces',
         nargs='+',
         metavar='SPACE',
-        help='anat: the grid of the reference image (default); other spaces are not available yet',
+        help='label map and transforms in standard spaces, too: MNIInfant or UNCInfant, with '
+        ':cohort-auto (by age) or :cohort-N, and MNI152NLin2009cAsym; anat, the grid of the '
+        'reference, is always written',
     )
     group.add_argument('--no-report', dest='report', action='store_false', help='no HTML reports')
     group.add_argument('--overwrite', action='store_true', help='compute finished sessions again')

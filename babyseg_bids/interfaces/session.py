@@ -21,7 +21,7 @@ from nipype.interfaces.base import (
     traits,
 )
 
-from babyseg_bids import __version__
+from babyseg_bids import __version__, messages
 from babyseg_bids.outputs import (
     Names,
     coarse_uncertainty,
@@ -45,22 +45,33 @@ def after_alignment(
 ) -> tuple[SessionInputs, list[Any]]:
     """The session without the scans that could not be aligned, and the alignments that remain.
 
-    Their ledger rows turn to `rejected`, and a flag names each.
+    The ledger rows of the former turn to `rejected`; flags name them and what is doubtful.
     """
-    from babyseg_bids.pipeline import refused_flag
+    from babyseg_bids.pipeline import alignment_flags
 
     pairs = list(zip(session.scans[1:], alignments, strict=True))
-    refused = {s.relative_path: (s, a) for s, a in pairs if a.status == 'refused'}
+    refused = {s.relative_path: a for s, a in pairs if a.status == 'refused'}
     ledger = tuple(
-        LedgerRow(row.relative_path, row.suffix, 'rejected', refused[row.relative_path][1].reason)
+        LedgerRow(row.relative_path, row.suffix, 'rejected', refused[row.relative_path].reason)
         if row.relative_path in refused
         else row
         for row in session.ledger
     )
-    flags = tuple(refused_flag(Path(s.path).name, a) for s, a in refused.values())
+    flags = [flag for s, a in pairs for flag in alignment_flags(Path(s.path).name, a)]
     kept = tuple(s for s in session.scans if s.relative_path not in refused)
     final = replace(session, scans=kept, ledger=ledger, flags=(*session.flags, *flags))
     return final, [a for _, a in pairs if a.status != 'refused']
+
+
+def read_spaces(path: Any, /) -> list[dict[str, Any]]:
+    """The records that `NormaliseSession` wrote; none where no space was asked for."""
+    return json.loads(Path(path).read_text()) if isdefined(path) else []
+
+
+def with_space_flags(session: SessionInputs, records: list[dict[str, Any]], /) -> SessionInputs:
+    """The session with what is to be known of its standard spaces."""
+    flags = [Flag(**f) for record in records for f in record['flags']]
+    return replace(session, flags=(*session.flags, *flags))
 
 
 class _SessionSpec(BaseInterfaceInputSpec):
@@ -68,9 +79,15 @@ class _SessionSpec(BaseInterfaceInputSpec):
     stamps = traits.List(traits.Str, desc='size and time of each input file')
 
 
-class _AlignSpec(_SessionSpec):
-    seed = traits.Int(0, usedefault=True)
+class _ModelSpec(_SessionSpec):
+    model = traits.Str(mandatory=True)
+    model_stamp = traits.Any(desc='changes with the content of a model file')
+    device = traits.Str('auto', usedefault=True)
     threads = traits.Int(1, usedefault=True)
+
+
+class _AlignSpec(_ModelSpec):
+    seed = traits.Int(0, usedefault=True)
 
 
 class _AlignOutput(TraitedSpec):
@@ -84,27 +101,37 @@ class AlignScans(SimpleInterface):
     output_spec = _AlignOutput
 
     def _run_interface(self, runtime: Any) -> Any:
-        from babyseg_bids.pipeline import align_scans
-        from babyseg_bids.preflight import load_image
-
         session = SessionInputs.from_dict(self.inputs.session)
-        alignments = []
-        if len(session.scans) > 1:
-            images = [load_image(s.path) for s in session.scans]
-            alignments = align_scans(images, seed=self.inputs.seed, threads=self.inputs.threads)
+        alignments = self._alignments(session) if len(session.scans) > 1 else []
         records = [{**asdict(a), 'matrix': a.matrix.tolist()} for a in alignments]
         path = Path(runtime.cwd) / 'alignments.json'
         path.write_text(json.dumps(records))
         self._results['alignments'] = str(path)
         return runtime
 
+    def _alignments(self, session: SessionInputs) -> list[Any]:
+        from babyseg_bids.pipeline import align_scans
+        from babyseg_bids.preflight import load_image
 
-class _SegmentSpec(_SessionSpec):
+        def model() -> Any:
+            # Weights are read only where a pair of scans leaves doubt, which is seldom.
+            from babyseg_bids.network import load_model
+
+            return load_model(self.inputs.model)
+
+        return align_scans(
+            [load_image(s.path) for s in session.scans],
+            model,
+            seed=self.inputs.seed,
+            device=self.inputs.device,
+            threads=self.inputs.threads,
+        )
+
+
+class _SegmentSpec(_ModelSpec):
     alignments = File(exists=True, mandatory=True)
-    model = traits.Str(mandatory=True)
-    model_stamp = traits.Any(desc='changes with the content of a model file')
-    device = traits.Str('auto', usedefault=True)
-    threads = traits.Int(1, usedefault=True)
+    bias_correction = traits.Str('none', usedefault=True)
+    denoise = traits.Bool(False, usedefault=True)
     keep_probabilities = traits.Bool(False, usedefault=True)
 
 
@@ -139,6 +166,8 @@ class SegmentScans(SimpleInterface):
             device=self.inputs.device,
             threads=self.inputs.threads,
             keep_probabilities=self.inputs.keep_probabilities,
+            bias_correction=self.inputs.bias_correction,
+            denoise=self.inputs.denoise,
         )
         reference = nib.load(session.scans[0].path)
         folder = Path(runtime.cwd)
@@ -166,6 +195,105 @@ class SegmentScans(SimpleInterface):
         path.write_text(json.dumps(measures))
         self._results['measures'] = str(path)
         return runtime
+
+
+class _NormaliseSpec(_ModelSpec):
+    labels = File(exists=True, mandatory=True)
+    spaces = traits.List(traits.Str, mandatory=True, desc='as given to --output-spaces')
+    work_dir = traits.Str(mandatory=True, desc='where templates go that are nowhere yet')
+    seed = traits.Int(0, usedefault=True)
+
+
+class _NormaliseOutput(TraitedSpec):
+    spaces = File(exists=True, desc='JSON list, one record for each space')
+    files = traits.List(File(exists=True), desc='that the records name')
+
+
+class NormaliseSession(SimpleInterface):
+    """Bring the label map of a session into standard spaces, as far as there are templates."""
+
+    input_spec = _NormaliseSpec
+    output_spec = _NormaliseOutput
+    # A template that was missing may be there now.
+    always_run = True
+
+    def _run_interface(self, runtime: Any) -> Any:
+        records = [self._record(text, Path(runtime.cwd)) for text in self.inputs.spaces]
+        path = Path(runtime.cwd) / 'spaces.json'
+        path.write_text(json.dumps(records))
+        self._results['spaces'] = str(path)
+        # Nipype removes what no output names.
+        names = ('labels', 'forward', 'inverse')
+        self._results['files'] = [r[name] for r in records for name in names if name in r]
+        return runtime
+
+    def _record(self, text: str, folder: Path) -> dict[str, Any]:
+        """What became of one space: `missing` names it when its template is not to be had."""
+        from babyseg_bids.errors import AlignmentError, InputError
+        from babyseg_bids.normalisation import poor_overlap
+        from babyseg_bids.spaces import choose_space
+        from babyseg_bids.templates import find_template, template_root
+
+        session = SessionInputs.from_dict(self.inputs.session)
+        space, note = choose_space(text, session.age)
+        record: dict[str, Any] = {'asked': text, 'space': None, 'missing': False, 'flags': []}
+
+        def flag(code: str, severity: Any, message: str) -> dict[str, Any]:
+            record['flags'].append(asdict(Flag(code, severity, message)))
+            return record
+
+        if space is None:
+            return flag('space-not-written', 'warning', note)
+        if note:
+            flag('space-age', 'info', note)
+        record['space'] = space.name
+        root = template_root(Path(self.inputs.work_dir))
+        try:
+            template = find_template(space, session.scans[0].suffix, root)
+        except InputError as error:
+            record['missing'] = True
+            return flag('space-not-written', 'warning', str(error))
+        record['template'] = template.relative_to(root).as_posix()
+        target = folder / space.name
+        target.mkdir(exist_ok=True)
+        try:
+            record |= self._normalise(session, template, target)
+        except InputError as error:
+            return flag('space-not-written', 'warning', f'{space.name} was not written: {error}')
+        except AlignmentError:
+            sentence = messages.normalisation_empty(space.name)
+            return flag('space-not-written', 'warning', sentence)
+        if poor := poor_overlap(space.name, record['overlap']):
+            flag('space-overlap', 'warning', poor)
+        return record
+
+    def _normalise(self, session: SessionInputs, template: Path, target: Path) -> dict[str, Any]:
+        """Paths of the results in `target`, and the overlap with the template's own labels."""
+        from babyseg_bids.network import load_model, segment
+        from babyseg_bids.normalisation import Head, normalise
+        from babyseg_bids.preflight import load_image
+
+        image, child = load_image(template), load_image(session.scans[0].path)
+        arrays = [np.asanyarray(x.dataobj, dtype=np.float32) for x in (child, image)]
+        model = load_model(self.inputs.model)
+        options = {'device': self.inputs.device, 'threads': self.inputs.threads}
+        own = segment([(arrays[1], image.affine)], model, **options).labels
+        labels = np.asarray(nib.load(self.inputs.labels).dataobj)
+        result = normalise(
+            Head(arrays[0], labels, child.affine),
+            Head(arrays[1], own, image.affine),
+            model.labels,
+            target,
+            seed=self.inputs.seed,
+        )
+        path = target / 'labels.nii.gz'
+        like_reference(result.labels, nib.load(template), dtype=np.int16).to_filename(path)
+        return {
+            'labels': str(path),
+            'forward': str(result.forward),
+            'inverse': str(result.inverse),
+            'overlap': round(result.overlap, 4),
+        }
 
 
 class _MeasureSpec(BaseInterfaceInputSpec):
@@ -232,6 +360,7 @@ class _ReportSpec(BaseInterfaceInputSpec):
     measures = File(exists=True, mandatory=True)
     morph = File(exists=True, mandatory=True)
     qc = File(exists=True, mandatory=True)
+    spaces = File()
     uncertainty_threshold = traits.Float(0.3, usedefault=True)
     boilerplate = traits.Str()
 
@@ -254,6 +383,7 @@ class ReportSession(SimpleInterface):
         alignments = read_alignments(self.inputs.alignments)
         given = SessionInputs.from_dict(self.inputs.session)
         session, _ = after_alignment(given, alignments)
+        session = with_space_flags(session, read_spaces(self.inputs.spaces))
         measures = json.loads(Path(self.inputs.measures).read_text())
         qc = json.loads(Path(self.inputs.qc).read_text())
         flags = tuple(Flag(**f) for f in qc.pop('flags'))
@@ -301,6 +431,8 @@ class _PublishSpec(BaseInterfaceInputSpec):
     measures = File(exists=True, mandatory=True)
     morph = File(exists=True, mandatory=True)
     qc = File(exists=True, mandatory=True)
+    spaces = File()
+    space_files = traits.List(File(), desc='that the records of `spaces` name')
     report = File()
     figures = traits.List(File())
 
@@ -323,11 +455,14 @@ class PublishSession(SimpleInterface):
         given = SessionInputs.from_dict(self.inputs.session)
         alignments = read_alignments(self.inputs.alignments)
         session, kept = after_alignment(given, alignments)
+        spaces = read_spaces(self.inputs.spaces)
+        session = with_space_flags(session, spaces)
         measures = json.loads(Path(self.inputs.measures).read_text())
         qc = json.loads(Path(self.inputs.qc).read_text())
         files = {
             **self._images(session),
             **self._transforms(session, kept, Path(runtime.cwd)),
+            **self._spaces(session, spaces),
             **self._tables(session),
             **self._pages(session),
         }
@@ -340,6 +475,10 @@ class PublishSession(SimpleInterface):
             'alignments': [
                 {'scan': s.relative_path, **asdict(a), 'matrix': a.matrix.tolist()}
                 for s, a in zip(given.scans[1:], alignments, strict=True)
+            ],
+            'spaces': [
+                {k: r[k] for k in ('asked', 'space', 'missing', 'template', 'overlap') if k in r}
+                for r in spaces
             ],
             'flags': [asdict(f) for f in session.flags] + qc['flags'],
         }
@@ -386,6 +525,21 @@ class PublishSession(SimpleInterface):
                 files[name] = path
         return files
 
+    def _spaces(self, session: SessionInputs, records: list[dict[str, Any]]) -> dict[str, Any]:
+        names = Names(session)
+        files: dict[str, Any] = {}
+        for record in records:
+            if 'labels' not in record:
+                continue
+            space, stem = record['space'], names.standard(record['space'])
+            files[f'{stem}.nii.gz'] = Path(record['labels'])
+            reference = f'bids:templateflow:{record["template"]}'
+            more = {'Manual': False, 'SpatialReference': reference}
+            files[f'{stem}.json'] = sidecar(session, 'aseg', **more)
+            for inverse, key in ((False, 'forward'), (True, 'inverse')):
+                files[names.standard_transform(space, inverse=inverse)] = Path(record[key])
+        return files
+
     def _tables(self, session: SessionInputs) -> dict[str, Any]:
         from babyseg_bids.morphometry import morph_sidecar
 
@@ -429,6 +583,7 @@ class UpdateSubjectPage(SimpleInterface):
 __all__ = [
     'AlignScans',
     'MeasureSession',
+    'NormaliseSession',
     'PublishSession',
     'ReportSession',
     'SegmentScans',

@@ -168,6 +168,11 @@ class SegmentScans(SimpleInterface):
         return runtime
 
 
+def _by_number(record: dict[str, float] | None) -> dict[int, float]:
+    """A record of structures out of JSON, which has text as keys; empty where there is none."""
+    return {int(k): v for k, v in (record or {}).items()}
+
+
 class _MeasureSpec(BaseInterfaceInputSpec):
     session = traits.Dict(mandatory=True)
     labels = File(exists=True, mandatory=True)
@@ -198,10 +203,8 @@ class MeasureSession(SimpleInterface):
         labels = np.asarray(nib.load(self.inputs.labels).dataobj)
         uncertainty = np.asarray(nib.load(self.inputs.uncertainty).dataobj)
         measures = json.loads(Path(self.inputs.measures).read_text())
-        # JSON has text as keys.
         volumes, confidence = (
-            {int(k): v for k, v in measures[name].items()}
-            for name in ('soft_volumes', 'confidence')
+            _by_number(measures[name]) for name in ('soft_volumes', 'confidence')
         )
         table = table_of(volumes)
         morph = morphometry_table(labels, image.affine, volumes, confidence, table)
@@ -214,6 +217,7 @@ class MeasureSession(SimpleInterface):
             session.age,
             self.inputs.uncertainty_threshold,
             table,
+            predicted_dice=_by_number(measures.get('predicted_dice')),
         )
         folder = Path(runtime.cwd)
         write_morph_tsv(morph, folder / 'morph.tsv')

@@ -193,10 +193,12 @@ class MeasureSession(SimpleInterface):
     output_spec = _MeasureOutput
 
     def _run_interface(self, runtime: Any) -> Any:
+        from babyseg_bids.development import cortex_record
         from babyseg_bids.labels import table_of
         from babyseg_bids.morphometry import morphometry_table, write_morph_tsv
         from babyseg_bids.preflight import load_image
         from babyseg_bids.qc import session_qc
+        from babyseg_bids.surfaces import cortex_measures
 
         session = SessionInputs.from_dict(self.inputs.session)
         image = load_image(session.scans[0].path)
@@ -221,7 +223,8 @@ class MeasureSession(SimpleInterface):
         )
         folder = Path(runtime.cwd)
         write_morph_tsv(morph, folder / 'morph.tsv')
-        content = {**metrics, 'flags': [asdict(f) for f in flags]}
+        cortex = cortex_record(cortex_measures(labels, image.affine, table))
+        content = {**metrics, 'cortex': cortex, 'flags': [asdict(f) for f in flags]}
         (folder / 'qc.json').write_text(json.dumps(content, indent=2) + '\n')
         self._results['morph'] = str(folder / 'morph.tsv')
         self._results['qc'] = str(folder / 'qc.json')

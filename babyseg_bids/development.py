@@ -141,6 +141,7 @@ def unit_of(column: str, /) -> str:
 
 
 def _load(session: str, given: LabelMap) -> nib.Nifti1Image:
+    image: Any
     if isinstance(given, nib.Nifti1Image):
         image = given
     else:

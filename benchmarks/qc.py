@@ -1,9 +1,10 @@
 """Whether the quality flags work: good scans, spoilt in known ways.
 
-Each scan is segmented as it is and after each corruption, and the flags are collected. Printed are
-the flags of the untouched scans (false alarms), the share of corrupted scans that raise the flag
-that is meant for them (sensitivity), and the measures. The folder holds `ds-bmex`, `ds-templates`,
-`label-maps` and `adult-heads`.
+Two kinds of scans are spoilt: real ones, which are segmented, and images simulated from the infant
+label maps at 2 mm, whose labels are known, so that only the measures of the scan are tested
+(`--simulated` runs these alone). Printed are all flags of the untouched scans (false alarms) and the
+number of spoilt scans that raise a flag that is meant for them (sensitivity). The folder holds
+`ds-bmex`, `ds-templates`, `label-maps` and `adult-heads`.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
-from babyseg_bids.labels import label_table
+from babyseg_bids.labels import TISSUES, label_table
 from babyseg_bids.morphometry import morphometry_table, voxel_volume
 from babyseg_bids.network import Model, Segmentation, load_model, segment
 from babyseg_bids.pipeline import align_scans, scans_agreement
@@ -164,7 +165,7 @@ def label_flags(labels: np.ndarray, affine: np.ndarray, months: float | None) ->
     volumes = {r.index: (labels == r.index).sum() * voxel_volume(affine) for r in table.structures}
     morph = morphometry_table(labels, affine, volumes, dict.fromkeys(volumes, 1.0))
     _, flags = session_qc(labels, None, labels.astype(float), affine, morph, Age(months))
-    return {f.code: f.severity for f in flags}
+    return {f.code: f.severity for f in flags if f.code in SIDES}
 
 
 def spoilt(folder: Path, model: Model, seed: int, ages: dict[str, float]) -> Iterator[dict]:
@@ -235,9 +236,49 @@ def wrong_heads(folder: Path, model: Model) -> Iterator[dict]:
         for path in sorted((folder / 'label-maps' / kind).glob('*.nii.gz')):
             labels = nib.as_closest_canonical(nib.load(path)).slicer[::2, ::2, ::2]
             flags = label_flags(np.asarray(labels.dataobj), labels.affine, None)
-            flags = {k: v for k, v in flags.items() if k in SIDES}
             record = {'scan': path.name, 'what': f'{kind} map', 'severity': '', 'meant': meant}
             yield {**record, 'flags': flags}
+
+
+def simulated(folder: Path, seed: int, maps: int) -> Iterator[dict]:
+    """Images of infant label maps with one grey value a tissue, 1 % noise and slight blur."""
+    table = label_table()
+    grey = dict(zip(TISSUES, (120.0, 85.0, 100.0, 35.0, 90.0, 110.0), strict=True))
+    paths = sorted((folder / 'label-maps/infant').glob('*.nii.gz'))
+    for path in paths[:: max(1, len(paths) // maps)][:maps]:
+        image = nib.as_closest_canonical(nib.load(path)).slicer[::2, ::2, ::2]
+        labels = table.indices[table.channels(np.asarray(image.dataobj))]
+        planes = [
+            np.flatnonzero((labels > 0).any((1, 2))),
+            np.flatnonzero((labels > 0).any((0, 2))),
+        ]
+        rows, columns = (slice(max(p[0] - 6, 0), p[-1] + 7) for p in planes)
+        labels, affine = labels[rows, columns], image.affine
+        lut = np.zeros(256)
+        for row in table.structures:
+            lut[row.index] = grey[row.tissue]
+        rng = np.random.default_rng(seed)
+        data = ndimage.gaussian_filter(lut[labels], 0.4)
+        data = np.abs(data + rng.normal(0, 1, data.shape)) * (labels > 0)
+        unit = voxel_volume(affine)
+        volumes = {r.index: (labels == r.index).sum() * unit for r in table.structures}
+        morph = morphometry_table(labels, affine, volumes, dict.fromkeys(volumes, 0.9))
+        months = float(path.name[:2])
+        spoil = [('as it is', '', lambda x, _: x, (), ONCE), *CORRUPTIONS]
+        for what, severity, corruption, meant, _ in spoil:
+            if what == 'mirrored data':
+                continue
+            bad = corruption(data, np.random.default_rng(seed))
+            seen = np.where(bad > 0, labels, 0) if what == 'emptied below' else labels
+            metrics, flags = session_qc(seen, None, bad, affine, morph, Age(months))
+            yield {
+                **metrics,
+                'scan': path.name,
+                'what': f'simulated: {what}',
+                'severity': severity,
+                'meant': meant,
+                'flags': {f.code: f.severity for f in flags},
+            }
 
 
 def ages_of(folder: Path) -> dict[str, float]:
@@ -273,14 +314,18 @@ def main() -> None:
     parser.add_argument('--model', default='default')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--records', type=Path, help='JSON lines, one a scan and corruption')
+    parser.add_argument('--simulated', action='store_true', help='leave out all that is segmented')
+    parser.add_argument('--maps', type=int, default=11, help='label maps to simulate scans of')
     args = parser.parse_args()
-    model = load_model(args.model)
     rows = []
-    sources = (
-        wrong_heads(args.folder, model),
-        spoilt(args.folder, model, args.seed, ages_of(args.folder)),
-        pairs(args.folder, model),
-    )
+    sources = [simulated(args.folder, args.seed, args.maps)]
+    if not args.simulated:
+        model = load_model(args.model)
+        sources += [
+            wrong_heads(args.folder, model),
+            spoilt(args.folder, model, args.seed, ages_of(args.folder)),
+            pairs(args.folder, model),
+        ]
     for source in sources:
         for row in source:
             rows.append(row)

@@ -1,10 +1,10 @@
 """Whether the quality flags work: good scans, spoilt in known ways.
 
-Two kinds of scans are spoilt: real ones, which are segmented, and images simulated from the infant
-label maps at 2 mm, whose labels are known, so that only the measures of the scan are tested
-(`--simulated` runs these alone). Printed are all flags of the untouched scans (false alarms) and the
-number of spoilt scans that raise a flag that is meant for them (sensitivity). The folder holds
-`ds-bmex`, `ds-templates`, `label-maps` and `adult-heads`.
+Two kinds of scans are spoilt: real ones, which are segmented, and images simulated from the
+infant label maps at 2 mm, whose labels are known, so that only the measures of the scan are
+tested (`--simulated` runs these alone). Printed are all flags of the untouched scans (false
+alarms) and how many spoilt scans raise a flag that is meant for them (sensitivity). The folder
+holds `ds-bmex`, `ds-templates`, `label-maps` and `adult-heads`.
 """
 
 import argparse

@@ -210,8 +210,8 @@ def ghost_share(image: np.ndarray, brain: np.ndarray, /) -> float:
 def flat_cut_share(mask: np.ndarray, affine: np.ndarray, /) -> float:
     """Largest flat end of the brain, as a share of its largest cross-section on the same axis.
 
-    A plane's end is the number of brain voxels whose next voxel along the axis is none. Rounded
-    brains end gradually: a sphere of radius r ends by 2 h / r of its cross-section in one slice of
+    The ends are the first and the last brain voxel of each line along the axis; counted is how
+    many lie in one plane. Rounded brains end gradually: a sphere of radius r ends by 2 h / r of its cross-section in one slice of
     thickness h. That much is subtracted, with r of a circle of the largest cross-section. A
     missing part that was filled with zeros, or that lies outside the field of view, remains.
     """
@@ -222,10 +222,11 @@ def flat_cut_share(mask: np.ndarray, affine: np.ndarray, /) -> float:
         largest = int(mask.sum(axis=others).max(initial=0))
         if not largest:
             return float('nan')
-        pad = [(0, 0)] * 3
-        pad[axis] = (1, 1)
-        change = np.diff(np.pad(mask, pad).astype(np.int8), axis=axis)
-        ends = max(int((change == s).sum(axis=others).max()) for s in (-1, 1))
+        filled = mask.any(axis)
+        ends = max(
+            int(np.bincount(np.flip(mask, axis).argmax(axis)[filled]).max()),
+            int(np.bincount(mask.argmax(axis)[filled]).max()),
+        )
         radius = np.sqrt(largest * zooms.prod() / zooms[axis] / np.pi)
         worst = max(worst, ends / largest - 2 * zooms[axis] / radius)
     return float(worst)

@@ -48,8 +48,8 @@ def test_the_field_is_measured_and_not_the_contrast_of_the_tissues(rng):
     assert bias_field_percent(tissues, image, np.eye(4)) < 2
     x = np.linspace(-0.5, 0.5, 32)[:, None, None]
     found = bias_field_percent(tissues, image * np.exp(x), np.eye(4))
-    # 90 % of the range of the exponent lie between the quantiles.
-    assert found == pytest.approx(100 * (np.exp(0.9) - 1), rel=0.05)
+    low, high = np.quantile(x, [0.05, 0.95])
+    assert found == pytest.approx(100 * (np.exp(high - low) - 1), rel=0.1)
 
 
 def test_blur_widens_the_border_of_the_tissues_and_contrast_does_not():
@@ -86,6 +86,8 @@ def test_a_ghost_is_told_from_even_noise_in_the_air(rng):
 def test_a_missing_part_is_a_flat_end_wherever_the_image_ends():
     labels, affine = brain() > 0, ras_affine()
     assert flat_cut_share(labels, affine) < 0.15
+    fissure = labels & (np.abs(np.arange(labels.shape[0]) - 23.5) > 1)[:, None, None]
+    assert flat_cut_share(fissure, affine) == flat_cut_share(labels, affine)
     emptied = labels.copy()
     emptied[:, :, :14] = False
     assert flat_cut_share(emptied, affine) > 0.3
@@ -97,8 +99,8 @@ def test_a_scan_of_another_brain_disagrees_and_what_it_does_not_show_takes_no_pa
     other = np.roll(labels, 9, axis=1)
     partial = np.where(np.arange(labels.shape[2]) < 20, -1, labels)
     found = scan_agreement({'1': labels, '2': partial, '3': other}, table)
-    assert found['1'] > 0.6
-    assert found['3'] < 0.4
+    assert found['3'] < 0.2
+    assert found['1'] == pytest.approx((1 + found['3']) / 2, abs=0.1)
     assert scan_agreement({'1': labels, '2': partial}, table) == {'1': 1.0, '2': 1.0}
     assert scan_agreement({'1': labels}, table) == {}
 

@@ -211,9 +211,10 @@ def flat_cut_share(mask: np.ndarray, affine: np.ndarray, /) -> float:
     """Largest flat end of the brain, as a share of its largest cross-section on the same axis.
 
     The ends are the first and the last brain voxel of each line along the axis; counted is how
-    many lie in one plane. Rounded brains end gradually: a sphere of radius r ends by 2 h / r of its cross-section in one slice of
-    thickness h. That much is subtracted, with r of a circle of the largest cross-section. A
-    missing part that was filled with zeros, or that lies outside the field of view, remains.
+    many lie in one plane. Rounded brains end gradually: a sphere of radius r ends by 2 h / r of
+    its cross-section in one slice of thickness h. That much is subtracted, with r of a circle of
+    the largest cross-section. A missing part that was filled with zeros, or that lies outside the
+    field of view, remains.
     """
     zooms = np.linalg.norm(np.asarray(affine, float)[:3, :3], axis=0)
     worst = 0.0

@@ -87,7 +87,7 @@ def test_a_missing_part_is_a_flat_end_wherever_the_image_ends():
     labels, affine = brain() > 0, ras_affine()
     assert flat_cut_share(labels, affine) < 0.15
     fissure = labels & (np.abs(np.arange(labels.shape[0]) - 23.5) > 1)[:, None, None]
-    assert flat_cut_share(fissure, affine) == flat_cut_share(labels, affine)
+    assert flat_cut_share(fissure, affine) < 0.15
     emptied = labels.copy()
     emptied[:, :, :14] = False
     assert flat_cut_share(emptied, affine) > 0.3

@@ -8,7 +8,7 @@ import torch
 
 from babyseg_bids.errors import InputError, ModelError, UsageError
 from babyseg_bids.labels import label_table
-from babyseg_bids.network import Model, choose_device, load_model, segment
+from babyseg_bids.network import Model, choose_device, load_model, prediction, segment
 from babyseg_bids.network.grid import (
     foreground_box,
     from_grid,
@@ -30,6 +30,7 @@ class Stand(torch.nn.Module):
     """A network without a refinement whose `forward` gives the logits."""
 
     fine = None
+    config = NetworkConfig(labels=28, encoder=(1,) * 4, decoder=(1,) * 4)
 
     def coarse(self, x):
         logits = self(x)
@@ -55,10 +56,10 @@ class SideNetwork(Stand):
 
 def posteriors(x, model, **options):
     """Posteriors (C, *size) of the whole grid."""
-    prediction = predict(x, model, **options)
+    result = predict(x, model, **options)
     whole = torch.zeros(len(label_table()), *x.shape[1:])
     whole[0] = 1
-    whole[(slice(None), *prediction.box)] = prediction.posteriors
+    whole[(slice(None), *result.box)] = result.posteriors
     return whole
 
 
@@ -306,9 +307,9 @@ def test_a_head_that_faces_backwards_is_noticed_and_keeps_its_own_sides(backward
     x[:, :16] += 0.05  # The child's left is a little brighter.
     x += 0.01 * torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
     scans = x.flip(1, 2) if backwards else x
-    prediction = predict(scans, model, either_way=True)
-    assert prediction.turned is backwards
-    labels = label_table().indices[prediction.channels(x.shape[1:])]
+    result = predict(scans, model, either_way=True)
+    assert result.turned is backwards
+    labels = label_table().indices[result.channels(x.shape[1:])]
     assert scans[0][np.isin(labels, (10, 49))].min() > 0.85
     left = scans[0][labels == 12].mean()
     assert left > scans[0][labels == 51].mean() + 0.03
@@ -364,3 +365,40 @@ def test_the_temperature_softens_the_posteriors(refined):
     x = torch.rand(1, 32, 32, 32)
     hot = replace(refined, temperature=4.0)
     assert posteriors(x, hot).max(0).values.mean() < posteriors(x, refined).max(0).values.mean()
+
+
+def test_the_unet_in_blocks_where_memory_is_short(monkeypatch):
+    class Local(Stand):
+        """Logits that depend on their own voxel alone: blocks must give the same."""
+
+        config = NetworkConfig(labels=28, encoder=(1,), decoder=(1,))
+
+        def forward(self, x):
+            steps = torch.arange(28.0).view(1, -1, 1, 1, 1)
+            return 9 * torch.cos(steps * x.mean(1, keepdim=True))
+
+    model = Model('local', '0', Local(), label_table(), 2.0, 2, {})
+    x = torch.rand(2, 40, 52, 34)
+    whole = posteriors(x, model)
+    monkeypatch.setattr('babyseg_bids.network.prediction._SMALLEST', 16)
+    monkeypatch.setattr('babyseg_bids.network.prediction._OVERLAP', 8)
+    monkeypatch.setattr('babyseg_bids.network.prediction.free_memory', lambda _: 0.01)
+    torch.testing.assert_close(posteriors(x, model), whole, atol=1e-5, rtol=0)
+
+
+def test_too_small_a_gpu_ends_on_the_cpu_and_says_so(refined, monkeypatch, caplog):
+    tried = []
+    real = prediction._predict
+
+    def small(scans, model, device, room, **options):
+        tried.append((device, room))
+        if device != 'cpu':
+            raise torch.OutOfMemoryError
+        return real(scans, model, device, room, **options)
+
+    monkeypatch.setattr(prediction, '_predict', small)
+    monkeypatch.setattr(prediction, 'free_memory', lambda _: 2.0)
+    result = predict(torch.rand(1, 16, 16, 16), refined, device='cuda:0')
+    assert tried == [('cuda:0', 2.0), ('cuda:0', 0.5), ('cpu', 2.0)]
+    assert result.device == 'cpu'
+    assert 'smaller blocks' in caplog.text and 'trying the CPU' in caplog.text

@@ -5,7 +5,13 @@ import torch
 
 from babyseg_bids.errors import ModelError
 from babyseg_bids.network.layers import GroupConv, InstanceNorm, concatenate, max_pool, upsample
-from babyseg_bids.network.unet import GroupUNet, NetworkConfig, official_network, rescale
+from babyseg_bids.network.unet import (
+    GroupUNet,
+    NetworkConfig,
+    official_config,
+    official_network,
+    rescale,
+)
 
 VECTORS = Path(__file__).parents[2] / 'shared' / 'vectors'
 needs_vectors = pytest.mark.skipif(not VECTORS.is_dir(), reason='no official vectors here')
@@ -187,3 +193,15 @@ def test_checkpointing_changes_no_gradient():
         gradients.append([p.grad for p in network.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(('dim', 'slab'), [(2, 64), (3, 1500)])
+def test_the_official_network_in_slabs_equals_the_whole(dim, slab, monkeypatch):
+    config = {'dim': dim, 'out': 5, 'enc': [1, 4], 'dec': [4, 4], 'add': [], 'rep': 2}
+    weights = GroupUNet(official_config(config)).state_dict()
+    network = official_network(config, weights)
+    x = torch.rand(1, 3, *[24] * dim)
+    whole = network(x)
+    monkeypatch.setattr('babyseg_bids.network.unet._SLAB', slab)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), whole)

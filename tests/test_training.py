@@ -1,8 +1,10 @@
+import socket
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from synthesis_phantoms import phantom
 
 from babyseg_bids.errors import InputError, UsageError
@@ -124,6 +126,49 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path):
     assert resumed.step == whole.step == 8
     for a, b in zip(whole.averaged.parameters(), resumed.averaged.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_validation_writes_a_figure_and_a_picture(tmp_path):
+    trainer = Trainer(PLAN, tmp_path)
+    trainer.run([phantom(3)], workers=0, stop=4, validation=[phantom(3)], validate_every=2)
+    lines = (tmp_path / 'validation.csv').read_text().splitlines()
+    assert [line.split(',')[0] for line in lines] == ['step', '2', '4']
+    height, width, _ = imread(tmp_path / 'validation-000004.png').shape
+    assert (height, width) == (3 * 16, 3 * 16)
+
+
+def _train_beside(rank, folder, port):
+    """One of two processes of a training."""
+    torch.set_num_threads(1)
+    address = f'tcp://127.0.0.1:{port}'
+    torch.distributed.init_process_group('gloo', address, rank=rank, world_size=2)
+    trainer = Trainer(PLAN, folder / str(rank))
+    trainer.run([phantom(3)], workers=0, stop=2)
+    torch.save(trainer.network.state_dict(), folder / f'{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_of_one_training_see_other_samples_and_keep_the_same_weights(tmp_path):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(_train_beside, (tmp_path, port), nprocs=2)
+    a, b = (torch.load(tmp_path / f'{r}.pt', weights_only=True) for r in (0, 1))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name])
+    assert (tmp_path / '0' / 'checkpoint.pt').exists()
+    assert not (tmp_path / '1' / 'checkpoint.pt').exists()
+    batches = [SyntheticBatches([phantom(3)], PLAN, 0, 2, rank=r)[0][1] for r in (0, 1)]
+    assert not torch.equal(*batches)
+
+
+def test_bfloat16_trains_float32_weights(tmp_path):
+    trainer = Trainer(replace(PLAN, bfloat16=True), tmp_path)
+    loss, _ = trainer.train_step(*SyntheticBatches([phantom(3)], PLAN, 0, 1)[0])
+    plain = Trainer(PLAN, tmp_path / 'plain')
+    expected, _ = plain.train_step(*SyntheticBatches([phantom(3)], PLAN, 0, 1)[0])
+    assert loss == pytest.approx(expected, rel=0.02)
+    assert {p.dtype for p in trainer.network.parameters()} == {torch.float32}
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):

@@ -1,7 +1,9 @@
 """From prepared scans to posteriors on the working grid: tensors in, tensors out."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from scipy import ndimage
@@ -11,6 +13,9 @@ from babyseg_bids.network.device import cpu_prefers_bfloat16
 from babyseg_bids.network.layers import halve
 from babyseg_bids.network.unet import CoarseResult, GroupUNet
 from babyseg_bids.network.weights import Model
+from babyseg_bids.resources import GIB, memory_limit
+
+_LOG = logging.getLogger(__name__)
 
 Box = tuple[slice, slice, slice]
 
@@ -24,6 +29,11 @@ _DEEP_VOXELS = 50
 # How much better the turned head must fit; set on a few real scans with the first weights, where
 # the right direction fitted better by 0.07 to 0.55.
 _TURN_MARGIN = 0.05
+# Share of the free memory that the U-Net may plan with; images and libraries have the rest.
+_MEMORY_SHARE = 0.5
+# Blocks of the U-Net, where memory is short: smallest side and overlap, voxels of its grid.
+_SMALLEST = 64
+_OVERLAP = 32
 # The refinement runs on so many voxels at once; about half a kilobyte each.
 _BLOCK = 1_000_000
 
@@ -38,12 +48,14 @@ class Prediction:
     box : part of the working grid that they cover; background is sure outside
     scan_weights : (G,) share of each scan in the brain; they sum to one
     turned : whether the head faces backwards in the grid (see `predict`)
+    device : where the network ran in the end
     """
 
     posteriors: Tensor
     box: Box
     scan_weights: Tensor
     turned: bool
+    device: str = 'cpu'
 
     def channels(self, size: Sequence[int]) -> Tensor:
         """The likeliest channel of every voxel of the whole grid, int64 (*size)."""
@@ -79,7 +91,6 @@ _AHEAD, _AHEAD_MIRRORED = _View(()), _View((0,))
 _BACK, _BACK_MIRRORED = _View((0, 1)), _View((1,))
 
 
-@torch.inference_mode()
 def predict(
     scans: Tensor,
     model: Model,
@@ -99,15 +110,49 @@ def predict(
         stores LPS data under a RAS header: the head is then turned by 180 degrees about the
         vertical axis (a rotation, so that no side is mirrored). The direction is taken in which
         the deep structures explain more of the intensities; the header's needs no evidence.
+
+    Where memory is short the U-Net runs on overlapping blocks with blended borders. When a GPU's
+    memory turns out to be too small, blocks are tried there, and then the CPU.
     """
+    options = {'both_sides': both_sides, 'either_way': either_way}
+    room = free_memory(device)
+    if device == 'cpu':
+        return _predict(scans, model, device, room, **options)
+    for share in (1.0, 0.25):
+        try:
+            return _predict(scans, model, device, share * room, **options)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            _LOG.warning(
+                'The memory of %s (%.1f GiB free) is too small for this scan; trying %s.',
+                device,
+                room,
+                'smaller blocks' if share == 1 else 'the CPU',
+            )
+    return _predict(scans.cpu(), model, 'cpu', free_memory('cpu'), **options)
+
+
+def free_memory(device: str) -> float:
+    """Memory in GiB that the network may use on a device."""
+    if device.startswith('cuda'):
+        return float(torch.cuda.mem_get_info(device)[0] / GIB)
+    return memory_limit().amount
+
+
+@torch.inference_mode()
+def _predict(
+    scans: Tensor, model: Model, device: str, room: float, *, both_sides: bool, either_way: bool
+) -> Prediction:
+    """`predict` on one device with so many GiB of memory."""
     network = model.network.to(device, memory_format=torch.channels_last_3d)
     scans = scans.to(device)
     with autocast(device):
         small = halve(scans[None])[0] if network.fine else scans
+        limit = int(_MEMORY_SHARE * room * GIB / _bytes_a_voxel(model, len(scans)))
         view = _AHEAD
-        result = _coarse(small, network, view)
+        result = _coarse(small, network, view, limit)
         if either_way:
-            back = _coarse(small, network, _BACK)
+            back = _coarse(small, network, _BACK, limit)
             gain = deep_fit(_posteriors(back, _BACK, model), small, model)
             gain -= deep_fit(_posteriors(result, view, model), small, model)
             if gain > _TURN_MARGIN:
@@ -115,7 +160,7 @@ def predict(
         results = {view: result}
         if both_sides:
             mirrored = _BACK_MIRRORED if view == _BACK else _AHEAD_MIRRORED
-            results[mirrored] = _coarse(small, network, mirrored)
+            results[mirrored] = _coarse(small, network, mirrored, limit)
         coarse = _mean([_posteriors(r, v, model) for v, r in results.items()])
         box = _brain_box(coarse)
         weights = _scan_weights(results, coarse)
@@ -125,7 +170,7 @@ def predict(
             box = _doubled(box)
         else:
             posteriors = coarse[(slice(None), *box)].contiguous()
-    return Prediction(posteriors, box, weights, turned=view == _BACK)
+    return Prediction(posteriors, box, weights, turned=view == _BACK, device=device)
 
 
 def autocast(device: str) -> torch.autocast:
@@ -134,8 +179,64 @@ def autocast(device: str) -> torch.autocast:
     return torch.autocast(device.split(':')[0], torch.bfloat16, enabled=half)
 
 
-def _coarse(scans: Tensor, network: GroupUNet, view: _View) -> CoarseResult:
-    return network.coarse(view.turn(scans)[None])
+def _bytes_a_voxel(model: Model, scans: int) -> int:
+    """Memory that the U-Net needs at its peak, bytes for each voxel of its grid."""
+    config = model.network.config
+    # At full size live the features of every scan, twice while they are joined, and the logits of
+    # up to three views.
+    width = 3 * scans * (config.encoder[0] + config.decoder[-1]) + 3 * config.labels
+    return 4 * width  # type: ignore[no-any-return]
+
+
+def _coarse(scans: Tensor, network: GroupUNet, view: _View, limit: int) -> CoarseResult:
+    """The U-Net's result on a view, in blocks if the volume has more voxels than `limit`."""
+    x = view.turn(scans)[None]
+    size = x.shape[2:]
+    multiple = 2 ** len(network.config.encoder)
+    blocks = list(_overlapping(size, limit, multiple))
+    if len(blocks) == 1:
+        return network.coarse(x)
+    total: list[Tensor] = []
+    weight = torch.zeros(size, device=x.device)
+    for block in blocks:
+        part = network.coarse(x[(..., *block)])
+        ramp = _ramp(block, size).to(x.device)
+        weight[block] += ramp
+        for i, values in enumerate((part.features, part.logits, part.weights)):
+            if len(total) <= i:
+                total.append(values.new_zeros((*values.shape[:-3], *size)))
+            total[i][(..., *block)] += values * ramp
+    return CoarseResult(*(t.div_(weight) for t in total))
+
+
+def _overlapping(size: Sequence[int], limit: int, multiple: int) -> Iterator[Box]:
+    """Blocks of at most `limit` voxels (but at least `_SMALLEST` a side) that cover a volume."""
+    length = list(size)
+    while length[0] * length[1] * length[2] > limit:
+        axis = max(range(3), key=length.__getitem__)
+        shorter = max(_SMALLEST, multiple * int(0.75 * length[axis] / multiple))
+        if shorter >= length[axis]:
+            break
+        length[axis] = shorter
+    starts = []
+    for n, width in zip(size, length, strict=True):
+        step = max(multiple, (width - _OVERLAP) // multiple * multiple)
+        first = list(range(0, n - width, step))
+        starts.append([*first, n - width])
+    for corner in product(*starts):
+        yield tuple(slice(c, c + n) for c, n in zip(corner, length, strict=True))  # type: ignore[misc]
+
+
+def _ramp(block: Box, size: Sequence[int]) -> Tensor:
+    """Weights that rise from the block's inner faces over the overlap, and never reach zero."""
+    ramp = torch.ones(())
+    for s, n in zip(block, size, strict=True):
+        length = s.stop - s.start
+        index = torch.arange(length, dtype=torch.float32)
+        low = (index + 1) / _OVERLAP if s.start else torch.ones(length)
+        high = (length - index) / _OVERLAP if s.stop < n else torch.ones(length)
+        ramp = ramp[..., None] * torch.minimum(low, high).clamp_max(1)
+    return ramp
 
 
 def _posteriors(result: CoarseResult, view: _View, model: Model) -> Tensor:

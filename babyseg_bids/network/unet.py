@@ -216,7 +216,25 @@ class GroupUNet(nn.Module):
         return self.refine(x, coarse) if self.fine else coarse.logits
 
     def coarse(self, x: Tensor) -> CoarseResult:
-        """Run the U-Net alone on scans (B, G, *size) of its own resolution."""
+        """Run the U-Net alone on scans (B, G, *size) of its own resolution.
+
+        Raises
+        ------
+        ModelError
+            If a spatial size is not a multiple of what the U-Net pools.
+        """
+        skip, x = self.levels(x)
+        x, weights = self._merge(concatenate(skip, upsample(x)))
+        features = self.add[:-1](x)
+        return CoarseResult(features.squeeze(1), self.add[-1](features).squeeze(1), weights)
+
+    def levels(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """All but the last step up, of scans (B, G, *size).
+
+        Returns
+        -------
+        the first level's features (B, G, C, *size), and the last decoder level's, half that size
+        """
         multiple = 2 ** len(self.enc)
         if any(s % multiple for s in x.shape[2:]):
             raise ModelError(
@@ -229,12 +247,10 @@ class GroupUNet(nn.Module):
             x = self._run(level, x)
             skips.append(x)
             x = max_pool(x)
-        for level in self.dec:
+        for level in self.dec[:-1]:
             x = upsample(self._run(level, x))
             x = concatenate(skips.pop(), x)
-        x, weights = self._merge(x)
-        features = self.add[:-1](x)
-        return CoarseResult(features.squeeze(1), self.add[-1](features).squeeze(1), weights)
+        return skips.pop(), self._run(self.dec[-1], x)
 
     def refine(self, x: Tensor, coarse: CoarseResult) -> Tensor:
         """Logits (B, labels, *size) of scans (B, G, *size) and what is known at half that size.
@@ -264,8 +280,12 @@ class GroupUNet(nn.Module):
         return (weights * x).sum(1, keepdim=True), weights
 
 
+# The last step of the official network runs on slabs of so many voxels; it is the largest.
+_SLAB = 1_000_000
+
+
 class _Posteriors(nn.Module):
-    """A network with a softmax, as the official one gives posteriors."""
+    """The official network with a softmax, as it gives posteriors."""
 
     def __init__(self, network: GroupUNet) -> None:
         super().__init__()
@@ -273,7 +293,26 @@ class _Posteriors(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Posteriors (B, labels, *size) of scans (B, G, *size) of any intensities."""
-        return self.network(rescale(x)).softmax(1)
+        skip, x = self.network.levels(rescale(x))
+        if torch.is_grad_enabled():
+            return self._last(skip, x).softmax(1)
+        depth, rest = skip.shape[3], skip[0, 0, 0, 0].numel()
+        step = 2 * max(1, _SLAB // (2 * rest))
+        out = skip.new_empty((skip.shape[0], self.network.config.labels, *skip.shape[3:]))
+        for start in range(0, depth, step):
+            stop = min(start + step, depth)
+            # Two voxels more on each side: one that the convolution sees, one for interpolation.
+            low, high = max(0, start - 4), min(depth, stop + 4)
+            part = self._last(skip[:, :, :, low:high], x[:, :, :, low // 2 : high // 2])
+            torch.softmax(part[:, :, start - low : stop - low], 1, out=out[:, :, start:stop])
+        return out
+
+    def _last(self, skip: Tensor, x: Tensor) -> Tensor:
+        """Logits (B, labels, *size) from what `GroupUNet.levels` gives."""
+        # The mean over scans commutes with up-sampling and joining, and there is less of it.
+        x = x.mean(1, keepdim=True)
+        merged = concatenate(skip.mean(1, keepdim=True), upsample(x))
+        return self.network.add(merged).squeeze(1)  # type: ignore[no-any-return]
 
 
 def rescale(x: Tensor, /, *, low: float = 0.01, high: float = 0.99) -> Tensor:

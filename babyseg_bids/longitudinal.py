@@ -1,4 +1,4 @@
-"""Growth of one child: how volumes change between sessions, and changes that cannot be right."""
+"""Growth: how one child's volumes change between sessions, and the curve of a whole cohort."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise
 from operator import itemgetter
 
+import numpy as np
 import pandas as pd
 
 from babyseg_bids.labels import LabelTable, label_table
@@ -27,6 +28,13 @@ SAME_AGE_PERCENT = 10.0
 # No brain doubles in a month after birth; a steeper rise means other anatomy in the scan, such
 # as a cerebellum that the earlier scan lacks.
 GROWTH_PERCENT_PER_MONTH = 60.0
+
+# A curve needs more sessions than it has coefficients, at different ages.
+CURVE_SESSIONS = 8
+CURVE_AGES = 4
+
+# Residuals beyond this many robust standard deviations lose weight (Huber, Ann Math Stat 1964).
+HUBER = 1.345
 
 
 @dataclass(frozen=True)
@@ -176,3 +184,68 @@ def visit_flags(visits: Sequence[Visit], table: LabelTable | None = None) -> tup
             )
             flags.append(Flag('same-age-differs', 'warning', text))
     return tuple(flags)
+
+
+@dataclass(frozen=True)
+class GrowthCurve:
+    """A cohort's own fitted curve: value = a + b u + c u^2 with u = log(1 + age in months).
+
+    It describes the sessions it was fitted to and is no norm.
+
+    Parameters
+    ----------
+    coefficients : a, b, c, in the unit of the values
+    spread : robust standard deviation of the residuals, in the unit of the values
+    months : youngest and oldest age that it was fitted to
+    sessions : number of values it was fitted to
+    """
+
+    coefficients: tuple[float, float, float]
+    spread: float
+    months: tuple[float, float]
+    sessions: int
+
+    def at(self, months: np.ndarray | float, /) -> np.ndarray:
+        """The curve's values; NaN outside the ages that it was fitted to."""
+        months = np.asarray(months, float)
+        inside = (months >= self.months[0]) & (months <= self.months[1])
+        u = np.log1p(np.clip(months, 0, None))
+        return np.where(inside, np.polynomial.polynomial.polyval(u, self.coefficients), np.nan)
+
+
+def fit_growth_curve(months: Sequence[float], values: Sequence[float], /) -> GrowthCurve | None:
+    """Fit a cohort's curve so that few outliers do not bend it.
+
+    Huber's M-estimator by iteratively reweighted least squares; the scale is the median absolute
+    residual over 0.6745, anew in each of at most 50 rounds.
+
+    Parameters
+    ----------
+    months, values : sequences of one length
+        Ages since birth and values of the sessions. What is not finite takes no part.
+
+    Returns
+    -------
+    The curve; None with fewer than `CURVE_SESSIONS` sessions or `CURVE_AGES` ages.
+    """
+    x, y = np.asarray(months, float), np.asarray(values, float)
+    known = np.isfinite(x) & np.isfinite(y) & (x >= 0)
+    x, y = x[known], y[known]
+    if len(x) < CURVE_SESSIONS or len(np.unique(x)) < CURVE_AGES:
+        return None
+    design = np.vander(np.log1p(x), 3, increasing=True)
+    weights = np.ones(len(x))
+    beta = np.zeros(3)
+    spread = 0.0
+    for _ in range(50):
+        root = np.sqrt(weights)
+        new = np.linalg.lstsq(design * root[:, None], y * root, rcond=None)[0]
+        rest = np.abs(y - design @ new)
+        spread = float(np.median(rest)) / 0.6745
+        weights = np.minimum(1, HUBER * spread / np.maximum(rest, 1e-12)) if spread else weights
+        done = np.allclose(new, beta, rtol=1e-8, atol=0)
+        beta = new
+        if done:
+            break
+    a, b, c = (float(v) for v in beta)
+    return GrowthCurve((a, b, c), spread, (float(x.min()), float(x.max())), len(x))

@@ -8,6 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from scipy import ndimage
 
 from babyseg_bids.agreement import OwnSegmentations
 from babyseg_bids.alignment import Alignment, align
@@ -18,6 +19,7 @@ from babyseg_bids.outputs import coarse_uncertainty, like_reference
 from babyseg_bids.preflight import load_image
 from babyseg_bids.preprocessing import BiasCorrection, preprocess
 from babyseg_bids.qc import session_qc
+from babyseg_bids.qc_image import scan_agreement
 from babyseg_bids.records import Age, Flag
 
 ScanLike = str | Path | nib.Nifti1Image | np.ndarray
@@ -124,6 +126,42 @@ def alignment_flags(name: str, alignment: Alignment, /) -> list[Flag]:
     return []
 
 
+def scans_agreement(
+    images: Sequence[nib.Nifti1Image],
+    alignments: Sequence[Alignment],
+    model: Model,
+    /,
+    *,
+    device: str = 'auto',
+    threads: int | None = None,
+) -> dict[str, float]:
+    """How well each scan's own segmentation agrees with the others' (see `qc_image`).
+
+    Each scan is segmented once more, alone, which costs as much time again as there are scans.
+    Those that could not be aligned take no part.
+
+    Returns
+    -------
+    Mean Dice with the other scans by the scan's place in the list, from 1; empty with fewer than
+    two scans.
+    """
+    matrices = [np.eye(4), *(a.matrix for a in alignments)]
+    kept = [True, *(a.status != 'refused' for a in alignments)]
+    if sum(kept) < 2:
+        return {}
+    maps = {}
+    for i, (image, matrix) in enumerate(zip(images, matrices, strict=True)):
+        if not kept[i]:
+            continue
+        scan = [(np.asanyarray(image.dataobj), image.affine)]
+        labels = segment(scan, model, device=device, threads=threads).labels
+        to_voxel = np.linalg.inv(matrix @ image.affine) @ images[0].affine
+        maps[str(i + 1)] = ndimage.affine_transform(
+            labels, to_voxel, output_shape=images[0].shape, order=0, cval=-1
+        )
+    return scan_agreement(maps, model.labels)
+
+
 class BabySegPipeline:
     """Segment scans from a script, without BIDS.
 
@@ -168,6 +206,7 @@ class BabySegPipeline:
         *,
         affine: np.ndarray | None = None,
         keep_probabilities: bool = False,
+        compare_scans: bool = False,
     ) -> Result:
         """Segment the scans of one child and session jointly.
 
@@ -175,6 +214,7 @@ class BabySegPipeline:
         ----------
         scans : paths, nibabel images or arrays (X, Y, Z); the first is the reference
         affine : (4, 4), voxel to world in RAS mm; required for arrays, and shared by them
+        compare_scans : also segment each scan alone, and flag a session whose scans disagree
 
         Raises
         ------
@@ -211,6 +251,11 @@ class BabySegPipeline:
             result.confidence,
             self.model.labels,
         )
+        agreement = None
+        if compare_scans:
+            agreement = scans_agreement(
+                images, alignments, self.model, device=self.device, threads=self.threads
+            )
         qc, flags = session_qc(
             result.labels,
             result.uncertainty,
@@ -220,6 +265,7 @@ class BabySegPipeline:
             Age(),
             self.uncertainty_threshold,
             self.model.labels,
+            agreement=agreement,
         )
         doubts = [
             flag

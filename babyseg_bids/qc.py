@@ -1,6 +1,7 @@
 """Quality measures of one session: pure functions, each with its formula.
 
-What is flagged, and from which value on, is said in `qc_flags`.
+Those of the scan itself are in `qc_image`. What is flagged, and from which value on, is said in
+`qc_flags` and `data/qc.toml`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,8 @@ from scipy import ndimage
 
 from babyseg_bids.labels import LabelTable, label_table
 from babyseg_bids.morphometry import asymmetry_table, brain_volume, voxel_volume
-from babyseg_bids.qc_flags import SMALL_STRUCTURE_MM3, judged_shares, session_flags
+from babyseg_bids.qc_flags import SMALL_STRUCTURE_SHARE, judged_shares, session_flags
+from babyseg_bids.qc_image import ghost_share, scan_metrics
 from babyseg_bids.records import Age, Flag
 
 # A voxel counts as misplaced when it lies farther than this beyond the midline plane, because
@@ -44,31 +46,6 @@ def crop(affine: np.ndarray, box: tuple[slice, ...], /) -> np.ndarray:
     out = np.array(affine, float)
     out[:3, 3] += out[:3, :3] @ [s.start for s in box]
     return out
-
-
-def signal_to_noise(values: np.ndarray, /) -> float:
-    """Signal to noise inside one tissue: median / (sd * sqrt(n / (n - 1))).
-
-    The formula of MRIQC (Esteban et al., PLoS ONE 2017) with the spread of the tissue itself,
-    because skull-stripped scans have no air to measure noise in. NaN below 30 voxels.
-    """
-    n = values.size
-    if n < 30:
-        return float('nan')
-    spread = float(values.std()) * np.sqrt(n / (n - 1))
-    return float(np.median(values)) / spread if spread > 0 else float('nan')
-
-
-def contrast_to_noise(a: np.ndarray, b: np.ndarray, /) -> float:
-    """Contrast of two tissues: |mean(a) - mean(b)| / sqrt(var(a) + var(b)).
-
-    After Magnotta and Friedman (J Digit Imaging 2006), without the air term.
-    """
-    if min(a.size, b.size) < 30:
-        return float('nan')
-    spread = np.sqrt(a.var(dtype=np.float64) + b.var(dtype=np.float64))
-    gap = abs(a.mean(dtype=np.float64) - b.mean(dtype=np.float64))
-    return float(gap / spread) if spread > 0 else float('nan')
 
 
 def largest_component_shares(labels: np.ndarray, table: LabelTable, /) -> dict[str, float]:
@@ -237,19 +214,6 @@ def body_axes(labels: np.ndarray, affine: np.ndarray, table: LabelTable, /) -> d
     }
 
 
-def _image_metrics(labels: np.ndarray, image: np.ndarray, table: LabelTable) -> dict[str, float]:
-    """Signal and contrast by tissue (see `signal_to_noise`, `contrast_to_noise`)."""
-    metrics, values = {}, {}
-    for tissue in dict.fromkeys(row.tissue for row in table.structures):
-        numbers = [row.index for row in table.structures if row.tissue == tissue]
-        values[tissue] = np.asarray(image[np.isin(labels, numbers)], np.float64)
-        metrics[f'snr_{tissue.replace("-", "_")}'] = signal_to_noise(values[tissue])
-    for a, b in (('white-matter', 'cortex'), ('cortex', 'ventricle')):
-        name = f'cnr_{a}_{b}'.replace('-', '_')
-        metrics[name] = contrast_to_noise(values[a], values[b])
-    return metrics
-
-
 def _uncertainty_metrics(
     labels: np.ndarray, uncertainty: np.ndarray, threshold: float, table: LabelTable
 ) -> dict[str, Any]:
@@ -270,6 +234,14 @@ def _uncertainty_metrics(
         'uncertain_share': float((values > threshold).mean()) if values.size else float('nan'),
         'mean_uncertainty': float(values.mean()) if values.size else float('nan'),
         'uncertain_share_by_structure': shares,
+        'structure_uncertain_max': max(
+            (
+                shares[row.abbreviation]
+                for row in table.structures
+                if count[row.index] > SMALL_STRUCTURE_SHARE * len(values)
+            ),
+            default=float('nan'),
+        ),
     }
 
 
@@ -277,16 +249,17 @@ def _asymmetry_metrics(morph: pd.DataFrame, table: LabelTable) -> dict[str, Any]
     """Asymmetry index (see `morphometry.asymmetry_index`) of the hemispheres and the structures.
 
     The hemispheres are the sums of all left and of all right structures. The worst structure is
-    the one with the largest index among those of at least `SMALL_STRUCTURE_MM3`.
+    the one with the largest index among those of at least `SMALL_STRUCTURE_SHARE` of the brain.
     """
     pairs = asymmetry_table(morph, table)
     left, right = pairs['left-mm3'].sum(), pairs['right-mm3'].sum()
     total = left + right
     whole = 200 * (left - right) / total if total > 0 else float('nan')
+    small = SMALL_STRUCTURE_SHARE * brain_volume(morph)
     # Ventricles of healthy children differ a lot between the sides.
     ventricles = [row.index for row in table.structures if row.tissue == 'ventricle']
     fair = pairs[
-        (pairs[['left-mm3', 'right-mm3']].max(axis=1) >= SMALL_STRUCTURE_MM3)
+        (pairs[['left-mm3', 'right-mm3']].max(axis=1) >= small)
         & ~pairs['left-index'].isin(ventricles)
         & pairs['asymmetry-percent'].notna()
     ]
@@ -327,14 +300,22 @@ def session_metrics(
     morph: pd.DataFrame,
     uncertainty_threshold: float = 0.3,
     table: LabelTable | None = None,
+    *,
+    agreement: Mapping[str, float] | None = None,
+    predicted_dice: Mapping[int, float] | None = None,
 ) -> dict[str, Any]:
-    """All measures of a session, JSON-ready; None stands for what cannot be measured."""
+    """All measures of a session, JSON-ready; None stands for what cannot be measured.
+
+    Parameters as in `session_qc`.
+    """
     table = table or label_table()
     labels = np.asarray(labels)
+    image = np.asarray(image)
     edges = edge_areas(labels, affine)
+    ghosts = ghost_share(image, labels > 0)
     box = bounding_box(labels > 0)
     # All that follows depends on the brain alone, and images may be far larger than it.
-    labels, image, affine = labels[box], np.asarray(image)[box], crop(affine, box)
+    labels, image, affine = labels[box], image[box], crop(affine, box)
     metrics: dict[str, Any] = {
         'segmented_brain_volume_mm3': brain_volume(morph),
         'voxel_volume_mm3': voxel_volume(affine),
@@ -342,7 +323,7 @@ def session_metrics(
         'mean_confidence': _confidence(morph),
     }
     if labels.size:
-        metrics |= _image_metrics(labels, image, table)
+        metrics |= scan_metrics(labels, image, affine, table)
         if uncertainty is not None:
             cropped = np.asarray(uncertainty)[box]
             metrics |= _uncertainty_metrics(labels, cropped, uncertainty_threshold, table)
@@ -359,6 +340,18 @@ def session_metrics(
     metrics |= _asymmetry_metrics(morph, table)
     metrics['edge_area_mm2'] = max(edges.values())
     metrics['edge_area_mm2_by_face'] = edges
+    # A surface grows with the volume to the power of two thirds.
+    hard = float(np.count_nonzero(labels)) * voxel_volume(affine)
+    metrics['edge_share'] = max(edges.values()) / hard ** (2 / 3) if hard else float('nan')
+    metrics['ghost_share'] = ghosts
+    if agreement:
+        metrics['scan_agreement'] = dict(agreement)
+        metrics['scan_agreement_min'] = min(agreement.values())
+    if predicted_dice:
+        named = {r.abbreviation: predicted_dice.get(r.index) for r in table.structures}
+        known = {k: v for k, v in named.items() if v is not None and np.isfinite(v)}
+        metrics['predicted_dice'] = known
+        metrics['predicted_dice_mean'] = float(np.mean(list(known.values()))) if known else None
     return _jsonable(metrics)
 
 
@@ -376,6 +369,9 @@ def session_qc(
     age: Age,
     uncertainty_threshold: float = 0.3,
     table: LabelTable | None = None,
+    *,
+    agreement: Mapping[str, float] | None = None,
+    predicted_dice: Mapping[int, float] | None = None,
 ) -> tuple[dict[str, Any], tuple[Flag, ...]]:
     """Measure the quality of a session's scan and segmentation.
 
@@ -391,6 +387,10 @@ def session_qc(
         Some limits depend on it.
     uncertainty_threshold : float
         A voxel above it counts as uncertain.
+    agreement : mapping, optional
+        Of the scans segmented alone, by their names (see `qc_image.scan_agreement`).
+    predicted_dice : mapping, optional
+        Predicted Dice by FreeSurfer number, where the model comes with a prediction.
 
     Returns
     -------
@@ -398,6 +398,14 @@ def session_qc(
         JSON-ready measures (see `session_metrics`), and the flags that they raise.
     """
     metrics = session_metrics(
-        labels, uncertainty, image, affine, morph, uncertainty_threshold, table
+        labels,
+        uncertainty,
+        image,
+        affine,
+        morph,
+        uncertainty_threshold,
+        table,
+        agreement=agreement,
+        predicted_dice=predicted_dice,
     )
     return metrics, session_flags(metrics, morph, age, table)

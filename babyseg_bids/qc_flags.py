@@ -1,14 +1,13 @@
 """Which quality measures raise a flag, and what the flag says.
 
-A flag points a person to a session; it never stops a run. All limits stand in `LIMITS`.
-
-The limits were chosen on the silver-standard maps and the skull-stripped scans of 0 to 36 months
-that the project is developed on, so that sound ones pass and known faults do not. They are wide
-on purpose: an absolute limit made for adults would punish small heads.
+A flag points a person to a session; it never stops a run. All limits stand in `data/qc.toml`.
 """
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -23,15 +22,17 @@ class Limit:
     """When a measure raises a flag: beyond `warning`, and more seriously beyond `severe`.
 
     `below` is true where small values are the bad ones. `severe` may be None: never severe.
+    Between the ages `expected_months`, the value is normal anatomy and only worth a remark.
     """
 
     code: str
     warning: float
     severe: float | None = None
     below: bool = False
+    expected_months: tuple[float, float] | None = None
 
-    def severity(self, value: float | None, /) -> Severity | None:
-        """How bad a value is; None when it is fine or unknown.
+    def severity(self, value: float | None, /, months: float | None = None) -> Severity | None:
+        """How bad a value is at an age; None when it is fine or unknown.
 
         >>> Limit('x', 0.1, 0.5).severity(0.2)
         'warning'
@@ -39,53 +40,57 @@ class Limit:
         if value is None or not np.isfinite(value):
             return None
         sign = -1 if self.below else 1
-        if self.severe is not None and sign * value > sign * self.severe:
-            return 'severe'
-        return 'warning' if sign * value > sign * self.warning else None
+        if not sign * value > sign * self.warning:
+            return None
+        if self.expected(months):
+            return 'info'
+        severe = self.severe is not None and sign * value > sign * self.severe
+        return 'severe' if severe else 'warning'
+
+    def expected(self, months: float | None, /) -> bool:
+        """Whether a value beyond the limits is normal at an age."""
+        if self.expected_months is None or months is None:
+            return False
+        low, high = self.expected_months
+        return low <= months <= high
+
+
+@dataclass(frozen=True)
+class VolumeBounds:
+    """Plausible brain volumes in mL at some ages in months, and at an unknown age."""
+
+    months: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    any_age: tuple[float, float]
+
+    def at(self, months: float | None, /) -> tuple[float, float]:
+        """The bounds at an age, interpolated linearly."""
+        if months is None:
+            return self.any_age
+        low, high = (float(np.interp(months, self.months, v)) for v in (self.low, self.high))
+        return low, high
+
+
+@cache
+def _settings() -> dict[str, Any]:
+    """The content of `data/qc.toml`."""
+    return tomllib.loads(files('babyseg_bids').joinpath('data/qc.toml').read_text('utf-8'))
+
+
+def _tuples(table: Mapping[str, Any]) -> dict[str, Any]:
+    """TOML's lists as tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
 
 
 LIMITS: dict[str, Limit] = {
-    # Share of lateralised voxels on the wrong side of the midline.
-    'left_right_misplaced_share': Limit('left-right-confused', 0.01, 0.05),
-    # Cosine between the left-to-right direction of the labels and that of the world.
-    'left_right_axis': Limit('left-right-swapped', 0.5, 0.0, below=True),
-    # Cosines between directions of the labelled brain and those of the world.
-    'anterior_axis': Limit('unexpected-orientation', 0.5, 0.0, below=True),
-    'superior_axis': Limit('unexpected-orientation', 0.5, 0.0, below=True),
-    # Handedness of the labels: 1 as in a body, -1 as in a mirror.
-    'handedness': Limit('mirrored', 0.5, 0.0, below=True),
-    # Area of the segmentation in one face of the field of view, mm2.
-    'edge_area_mm2': Limit('brain-cut-off', 100.0, 1500.0),
-    # Share of brain voxels over the uncertainty threshold, and mean confidence in them.
-    'uncertain_share': Limit('uncertain', 0.25, 0.5),
-    'mean_confidence': Limit('low-confidence', 0.75, 0.6, below=True),
-    # Share of a structure's voxels in its largest piece; the worst structure counts.
-    'largest_component_min': Limit('fragmented', 0.8, 0.5, below=True),
-    # Asymmetry of the hemispheres and of the worst paired structure, percent either way.
-    'hemisphere_asymmetry_percent': Limit('hemispheres-asymmetric', 8.0, 20.0),
-    'structure_asymmetry_percent': Limit('structure-asymmetric', 55.0, 100.0),
-    'snr_white_matter': Limit('low-signal-to-noise', 4.0, 2.0, below=True),
-    'cnr_white_matter_cortex': Limit('low-contrast', 0.3, None, below=True),
+    name: Limit(**_tuples(limit)) for name, limit in _settings()['limits'].items()
 }
+PLAUSIBLE_VOLUME = VolumeBounds(**_tuples(_settings()['brain_volume_ml']))
 
-# Plausible segmented brain volumes in mL, by age from and to (months). They are bounds for
-# catching a failed segmentation and not norms: about half the smallest and one and a half times
-# the largest brain one meets at that age, because cerebrum-only scans are common.
-PLAUSIBLE_VOLUME_ML: tuple[tuple[float, float, float, float], ...] = (
-    (0.0, 3.0, 180.0, 900.0),
-    (3.0, 12.0, 300.0, 1400.0),
-    (12.0, 24.0, 400.0, 1700.0),
-    (24.0, float('inf'), 450.0, 2000.0),
-)
-PLAUSIBLE_VOLUME_ANY_AGE_ML = (20.0, 2000.0)
-
-# Between these ages, myelination makes grey and white matter alike on T1w and T2w: little
-# contrast is then anatomy and only worth a remark.
-ISOINTENSE_MONTHS = (3.0, 10.0)
-
-# Structures below this volume are too small for their asymmetry to be worth a flag, and pieces
-# of smaller ones are separated by a voxel of chance.
-SMALL_STRUCTURE_MM3 = 500.0
+# Structures below this share of the brain are too small for their asymmetry to be worth a flag,
+# and pieces of smaller ones are separated by a voxel of chance.
+SMALL_STRUCTURE_SHARE: float = _settings()['small_structure_share']
 
 # Ventricles are thin where they narrow and fall into pieces in sound maps.
 OFTEN_IN_PIECES = ('ventricle',)
@@ -112,11 +117,12 @@ def judged_shares(
 ) -> dict[str, float]:
     """The shares of the structures whose fragmentation means something."""
     volume = dict(zip(morph['abbreviation'], morph['voxel-volume-mm3'], strict=True))
+    small = SMALL_STRUCTURE_SHARE * morph['voxel-volume-mm3'].sum()
     tissue = {row.abbreviation: row.tissue for row in table.structures}
     return {
         name: share
         for name, share in shares.items()
-        if volume[name] >= SMALL_STRUCTURE_MM3 and tissue[name] not in OFTEN_IN_PIECES
+        if volume[name] >= small and tissue[name] not in OFTEN_IN_PIECES
     }
 
 
@@ -173,13 +179,8 @@ def _volume_flags(m: Mapping[str, Any], age: Age) -> list[Flag]:
     value = m.get('segmented_brain_volume_mm3')
     if value is None:
         return []
-    low, high = PLAUSIBLE_VOLUME_ANY_AGE_ML
-    when = ''
-    if age.months is not None:
-        for start, end, *bounds in PLAUSIBLE_VOLUME_ML:
-            if start <= age.months < end:
-                low, high = bounds
-                when = f' at {age.months:.3g} months'
+    low, high = PLAUSIBLE_VOLUME.at(age.months)
+    when = '' if age.months is None else f' at {age.months:.3g} months'
     if low <= value / 1000 <= high:
         return []
     text = (
@@ -216,15 +217,22 @@ def _missing_flags(m: Mapping[str, Any], table: LabelTable) -> list[Flag]:
 def _shape_flags(m: Mapping[str, Any], morph: pd.DataFrame, table: LabelTable) -> list[Flag]:
     """Flags on cut-off brains, fragments and asymmetry."""
     flags = []
-    severity = LIMITS['edge_area_mm2'].severity(m.get('edge_area_mm2'))
+    severity = LIMITS['edge_share'].severity(m.get('edge_share'))
+    flat = LIMITS['flat_cut_share'].severity(m.get('flat_cut_share'))
     if severity:
-        limit = LIMITS['edge_area_mm2'].warning
+        limit = m['edge_area_mm2'] * LIMITS['edge_share'].warning / m['edge_share']
         faces = [k for k, v in m['edge_area_mm2_by_face'].items() if v > limit]
         text = (
             f'The brain touches the edge of the image ({_spoken(faces)}, up to '
             f'{m["edge_area_mm2"]:.0f} mm²): it is probably cut off, and volumes are too small.'
         )
         flags.append(Flag('brain-cut-off', severity, text))
+    elif flat:
+        text = (
+            f'The brain ends in a plane of {100 * m["flat_cut_share"]:.0f} % of its cross-'
+            'section: a part of the scan is probably missing, and volumes are too small.'
+        )
+        flags.append(Flag('brain-cut-off', flat, text))
     severity = LIMITS['largest_component_min'].severity(m.get('largest_component_min'))
     if severity:
         judged = judged_shares(m['largest_component_share'], morph, table)
@@ -248,39 +256,56 @@ def _shape_flags(m: Mapping[str, Any], morph: pd.DataFrame, table: LabelTable) -
     return flags
 
 
-def _image_flags(m: Mapping[str, Any], age: Age) -> list[Flag]:
-    """Flags on signal, contrast and the network's own doubt."""
+# What a flag on one measure says: the value goes into `{}`.
+SENTENCES = {
+    'snr_white_matter': 'Grey values inside the white matter vary a lot (signal to noise {:.1f}): '
+    'the scan is noisy or uneven, or the labels do not sit on the anatomy.',
+    'cnr_white_matter_cortex': 'White matter and cortex hardly differ in grey value (contrast '
+    '{:.2f}).',
+    'noise_percent': 'The scan is noisy ({:.0f} % of the white matter); small structures are less '
+    'certain.',
+    'bias_field_percent': 'The scan is uneven: its smooth intensity field spans {:.0f} %.',
+    'stripe_ratio': 'Fine stripes run across the scan ({:.1f} times as much fine variation along '
+    'one axis as along another): look for motion or thick, resampled slices.',
+    'ghost_share': 'The air around the head shows a ghost of {:.2f} times the brain; look for '
+    'motion.',
+    'voxel_max_mm': 'Voxels are up to {:.1f} mm long; small structures and the cortex are '
+    'approximate.',
+    'uncertain_share': 'The network is unsure about {:.0%} of the brain; look at the pictures.',
+    'mean_confidence': 'The mean confidence is only {:.2f}; look at the pictures.',
+    'scan_agreement_min': "The session's scans disagree: segmented alone, one overlaps with the "
+    'others by only {:.2f} (Dice). Check that all show the same child, and their orientation.',
+    'predicted_dice_mean': 'The predicted accuracy is only {:.2f} (Dice); look at the pictures.',
+}
+NORMAL_AT_THIS_AGE = {
+    'cnr_white_matter_cortex': ' This is normal at this age; the border between them is less '
+    'certain.',
+    'bias_field_percent': ' Myelination alone can do this at this age.',
+}
+
+
+def _image_flags(m: Mapping[str, Any], age: Age, table: LabelTable) -> list[Flag]:
+    """Flags on the scan and on the network's own doubt."""
     flags = []
-    value = m.get('snr_white_matter')
-    severity = LIMITS['snr_white_matter'].severity(value)
+    for key, sentence in SENTENCES.items():
+        limit = LIMITS[key]
+        severity = limit.severity(m.get(key), age.months)
+        if severity:
+            text = sentence.format(m[key])
+            if limit.expected(age.months):
+                text += NORMAL_AT_THIS_AGE[key]
+            flags.append(Flag(limit.code, severity, text))
+    limit = LIMITS['structure_uncertain_max']
+    severity = limit.severity(m.get('structure_uncertain_max'))
     if severity:
-        text = (
-            f'Grey values inside the white matter vary a lot (signal to noise {value:.1f}): the '
-            'scan is noisy or uneven, or the labels do not sit on the anatomy.'
-        )
-        flags.append(Flag('low-signal-to-noise', severity, text))
-    value = m.get('cnr_white_matter_cortex')
-    severity = LIMITS['cnr_white_matter_cortex'].severity(value)
-    if severity:
-        low, high = ISOINTENSE_MONTHS
-        months = age.months
-        expected = months is not None and low <= months <= high
-        text = f'White matter and cortex hardly differ in grey value (contrast {value:.2f}).'
-        if expected:
-            text += ' This is normal at this age; the border between them is less certain.'
-        flags.append(Flag('low-contrast', 'info' if expected else severity, text))
-    value = m.get('uncertain_share') or 0.0
-    severity = LIMITS['uncertain_share'].severity(value)
-    if severity:
-        text = (
-            f'The network is unsure about {100 * value:.0f} % of the brain; look at the pictures.'
-        )
-        flags.append(Flag('uncertain', severity, text))
-    value = m.get('mean_confidence')
-    severity = LIMITS['mean_confidence'].severity(value)
-    if severity:
-        text = f'The mean confidence is only {value:.2f}; look at the pictures.'
-        flags.append(Flag('low-confidence', severity, text))
+        shares = m['uncertain_share_by_structure']
+        names = [
+            _plain(r.name)
+            for r in table.structures
+            if shares.get(r.abbreviation, 0) > limit.warning
+        ]
+        text = f'The network is unsure about most of the {_spoken(names)}; look at the pictures.'
+        flags.append(Flag(limit.code, severity, text))
     return flags
 
 
@@ -301,5 +326,5 @@ def session_flags(
         *_volume_flags(metrics, age),
         *_shape_flags(metrics, morph, table),
         *_missing_flags(metrics, table),
-        *_image_flags(metrics, age),
+        *_image_flags(metrics, age, table),
     )

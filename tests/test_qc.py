@@ -10,13 +10,12 @@ from babyseg_bids.qc import (
     body_axes,
     bounding_box,
     check_sides,
-    contrast_to_noise,
     edge_areas,
     largest_component_shares,
     session_qc,
-    signal_to_noise,
 )
 from babyseg_bids.qc_flags import LIMITS
+from babyseg_bids.qc_image import contrast_to_noise, signal_to_noise
 from babyseg_bids.records import Age
 
 AFFINE = ras_affine()

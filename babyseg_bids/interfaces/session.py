@@ -296,6 +296,11 @@ class NormaliseSession(SimpleInterface):
         }
 
 
+def _by_number(record: dict[str, float] | None) -> dict[int, float]:
+    """A record of structures out of JSON, which has text as keys; empty where there is none."""
+    return {int(k): v for k, v in (record or {}).items()}
+
+
 class _MeasureSpec(BaseInterfaceInputSpec):
     session = traits.Dict(mandatory=True)
     labels = File(exists=True, mandatory=True)
@@ -316,20 +321,20 @@ class MeasureSession(SimpleInterface):
     output_spec = _MeasureOutput
 
     def _run_interface(self, runtime: Any) -> Any:
+        from babyseg_bids.development import cortex_record
         from babyseg_bids.labels import table_of
         from babyseg_bids.morphometry import morphometry_table, write_morph_tsv
         from babyseg_bids.preflight import load_image
         from babyseg_bids.qc import session_qc
+        from babyseg_bids.surfaces import cortex_measures
 
         session = SessionInputs.from_dict(self.inputs.session)
         image = load_image(session.scans[0].path)
         labels = np.asarray(nib.load(self.inputs.labels).dataobj)
         uncertainty = np.asarray(nib.load(self.inputs.uncertainty).dataobj)
         measures = json.loads(Path(self.inputs.measures).read_text())
-        # JSON has text as keys.
         volumes, confidence = (
-            {int(k): v for k, v in measures[name].items()}
-            for name in ('soft_volumes', 'confidence')
+            _by_number(measures[name]) for name in ('soft_volumes', 'confidence')
         )
         table = table_of(volumes)
         morph = morphometry_table(labels, image.affine, volumes, confidence, table)
@@ -342,10 +347,12 @@ class MeasureSession(SimpleInterface):
             session.age,
             self.inputs.uncertainty_threshold,
             table,
+            predicted_dice=_by_number(measures.get('predicted_dice')),
         )
         folder = Path(runtime.cwd)
         write_morph_tsv(morph, folder / 'morph.tsv')
-        content = {**metrics, 'flags': [asdict(f) for f in flags]}
+        cortex = cortex_record(cortex_measures(labels, image.affine, table))
+        content = {**metrics, 'cortex': cortex, 'flags': [asdict(f) for f in flags]}
         (folder / 'qc.json').write_text(json.dumps(content, indent=2) + '\n')
         self._results['morph'] = str(folder / 'morph.tsv')
         self._results['qc'] = str(folder / 'qc.json')

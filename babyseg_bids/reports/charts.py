@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 WIDTH, HEIGHT = 420, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 42
 # More written names than this hide each other; the pointer then shows them.
@@ -49,6 +51,7 @@ class Chart:
     lines: tuple[str, ...]
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
+    curve: str = ''
     width: int = WIDTH
     height: int = HEIGHT
     frame: tuple[int, int, int, int] = (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM)
@@ -95,13 +98,34 @@ def _label_place(
     return None
 
 
-def growth_chart(title: str, unit: str, points: Sequence[Point], x_title: str) -> Chart | None:
-    """Lay out a chart of values against age; None without points."""
+def _curve(
+    curve: Callable[[np.ndarray], np.ndarray], points: Sequence[Point]
+) -> list[tuple[float, float]]:
+    """Points of a curve over the ages shown and one year around them, where it is defined."""
+    low, high = min(p.x for p in points), max(p.x for p in points)
+    x = np.linspace(max(low - 12, 0), high + 12, 60)
+    return [(float(a), float(b)) for a, b in zip(x, curve(x), strict=True) if np.isfinite(b)]
+
+
+def growth_chart(
+    title: str,
+    unit: str,
+    points: Sequence[Point],
+    x_title: str,
+    curve: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Chart | None:
+    """Lay out a chart of values against age; None without points.
+
+    Parameters
+    ----------
+    curve : a cohort's value at ages (N,); NaN where it is not defined
+    """
     if not points:
         return None
     points = sorted(points, key=lambda p: (p.series, p.x, p.name))
-    x_marks, x_place = _scale([p.x for p in points], LEFT, WIDTH - RIGHT)
-    y_marks, y_place = _scale([p.y for p in points], HEIGHT - BOTTOM, TOP)
+    behind = _curve(curve, points) if curve else []
+    x_marks, x_place = _scale([p.x for p in points] + [x for x, _ in behind], LEFT, WIDTH - RIGHT)
+    y_marks, y_place = _scale([p.y for p in points] + [y for _, y in behind], HEIGHT - BOTTOM, TOP)
     places = [(round(x_place(p.x), 1), round(y_place(p.y), 1)) for p in points]
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
     marks = []
@@ -121,6 +145,7 @@ def growth_chart(title: str, unit: str, points: Sequence[Point], x_title: str) -
         summary=f'{title} against age: {len(points)} sessions, {low:.4g} to {high:.4g} {unit}.',
         marks=tuple(marks),
         lines=tuple(lines),
+        curve=' '.join(f'{x_place(x):.1f},{y_place(y):.1f}' for x, y in behind),
         x_ticks=tuple((round(x_place(v), 1), f'{v:g}') for v in x_marks),
         y_ticks=tuple((round(y_place(v), 1), f'{v:g}') for v in y_marks),
     )

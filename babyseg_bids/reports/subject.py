@@ -1,21 +1,39 @@
 """The page of one child with several sessions: how the volumes develop."""
 
-from collections.abc import Sequence
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
+import pandas as pd
+
 from babyseg_bids import __version__
+from babyseg_bids.development import DERIVED, DevelopmentalMetrics, development_row
+from babyseg_bids.errors import OutputError
+from babyseg_bids.labels import TISSUES
 from babyseg_bids.longitudinal import (
     BRAIN,
+    GrowthCurve,
     Visit,
+    fit_growth_curve,
     group_volumes,
     growth_table,
+    spoken_tissue,
     structure_volumes,
     visit_flags,
 )
 from babyseg_bids.reports import wording as say
 from babyseg_bids.reports.charts import Chart, Point, growth_chart
 from babyseg_bids.reports.files import Derivative, collect, render, write_atomic
+from babyseg_bids.reports.side_by_side import aligned_pictures
+
+# Digits of the measures that are no volumes.
+FORMATS = {'1': '.3f', 'percent': '+.1f', 'mm': '.2f', 'mm^2': '.0f'}
+GROUP_TABLE = 'group_desc-babyseg_morph.tsv'
 
 
 def report_link(record: Derivative, out_dir: Path, /) -> str:
@@ -70,17 +88,45 @@ def growth_charts(
     return [chart for chart in charts if chart]
 
 
-def _visits(records: Sequence[Derivative]) -> list[Visit]:
-    return [
-        Visit(f'ses-{r.session}' if r.session else r.name, r.age.months, r.volumes)
-        for r in records
-        if r.volumes
-    ]
+def cohort_curves(path: Path, /) -> dict[str, GrowthCurve]:
+    """Curves of the brain and the tissues, fitted to all sessions of a group table.
+
+    Volumes in mm3 by name. Empty where there is no such table yet, or one without ages.
+    """
+    if not path.is_file():
+        return {}
+    stamp = path.stat()
+    return _fitted(path, stamp.st_mtime_ns, stamp.st_size)
 
 
-def _growth_rows(records: Sequence[Derivative]) -> list[dict[str, Any]]:
+@cache
+def _fitted(path: Path, *_: int) -> dict[str, GrowthCurve]:
+    names = {'segmented_brain_volume_mm3': BRAIN}
+    names |= {f'volume_mm3_tissue_{t.replace("-", "_")}': spoken_tissue(t) for t in TISSUES}
+    try:
+        table = pd.read_csv(path, sep='\t', usecols=lambda c: c in {'age_months', *names})
+    except (OSError, ValueError, csv.Error):
+        # A table that somebody edited must not stop a session's page.
+        return {}
+    if 'age_months' not in table:
+        return {}
+    months = pd.to_numeric(table['age_months'], errors='coerce')
+    found = {
+        name: fit_growth_curve(months, pd.to_numeric(table[column], errors='coerce'))
+        for column, name in names.items()
+        if column in table
+    }
+    return {name: curve for name, curve in found.items() if curve}
+
+
+def _visit(record: Derivative) -> Visit:
+    name = f'ses-{record.session}' if record.session else record.name
+    return Visit(name, record.age.months, record.volumes)
+
+
+def _growth_rows(growth: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
-    for row in growth_table(_visits(records)).to_dict('records'):
+    for row in growth.to_dict('records'):
         volumes = [say.millilitres(row[f'{k}-mm3']) for k in ('from', 'to')]
         changes = [
             say.number(row['change-mm3'] / 1000, '+.2f'),
@@ -99,10 +145,76 @@ def _growth_rows(records: Sequence[Derivative]) -> list[dict[str, Any]]:
     return rows
 
 
-def _structure_rows(records: Sequence[Derivative]) -> list[tuple[str, list[str]]]:
-    columns = [group_volumes(r.volumes) | structure_volumes(r.volumes) for r in records]
+def _structure_rows(visits: Sequence[Visit]) -> list[tuple[str, list[str]]]:
+    columns = [group_volumes(v.volumes) | structure_volumes(v.volumes) for v in visits]
     names = list(dict.fromkeys(name for column in columns for name in column))
     return [(name, [say.millilitres(c.get(name)) for c in columns]) for name in names]
+
+
+def _measure_rows(rows: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+    """The measures that are no volumes, with their units, for the sessions in order."""
+    return [
+        {
+            'name': name,
+            'unit': unit,
+            'about': about,
+            'values': [say.number(row.get(name), FORMATS[unit]) for row in rows],
+        }
+        for name, (unit, about) in DERIVED.items()
+    ]
+
+
+def _trajectories(
+    visits: Sequence[Visit],
+    rows: Sequence[Mapping[str, float]],
+    links: Sequence[tuple[str, bool]],
+    curves: Mapping[str, GrowthCurve],
+) -> tuple[list[Chart], list[Chart]]:
+    """Charts of brain, tissues and derived measures, and those of each structure."""
+    points: dict[str, list[Point]] = {}
+    for visit, row, (href, flagged) in zip(visits, rows, links, strict=True):
+        if visit.months is None:
+            continue
+        for name, value in row.items():
+            if np.isfinite(value):
+                y = value if name in DERIVED else value / 1000
+                point = Point(visit.months, y, 'child', visit.session, href, flagged)
+                points.setdefault(name, []).append(point)
+    structures = {name for v in visits for name in structure_volumes(v.volumes)}
+    charts: tuple[list[Chart], list[Chart]] = ([], [])
+    for name, found in points.items():
+        unit = DERIVED[name][0] if name in DERIVED else 'mL'
+        curve = curves.get(name)
+        chart = growth_chart(
+            name,
+            unit,
+            found,
+            'Age (months)',
+            (lambda x, c=curve: c.at(x) / 1000) if curve else None,
+        )
+        if chart:
+            charts[name in structures].append(chart)
+    return charts
+
+
+def _label_map(record: Derivative, out_dir: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """The published label map of a session; None where there is none or it cannot be read."""
+    parts = [p for p in record.name.split('_') if p]
+    files = sorted(out_dir.joinpath(*parts, 'anat').glob(f'{record.name}_*desc-aseg_dseg.nii.gz'))
+    try:
+        image = nib.load(files[0]) if files else None
+        return None if image is None else (np.asarray(image.dataobj), image.affine)
+    except (OSError, EOFError, nib.filebasedimages.ImageFileError):
+        return None
+
+
+def _pictures(
+    names: Sequence[str], maps: Sequence[tuple[np.ndarray, np.ndarray] | None]
+) -> list[tuple[str, str]]:
+    """Name and picture of the sessions that have a label map."""
+    known = [(name, m) for name, m in zip(names, maps, strict=True) if m is not None]
+    drawn = aligned_pictures([m for _, m in known])
+    return [(name, d) for (name, _), d in zip(known, drawn, strict=True) if d]
 
 
 def write_subject_report(out_dir: Path, subject: str, /) -> Path | None:
@@ -128,21 +240,119 @@ def write_subject_report(out_dir: Path, subject: str, /) -> Path | None:
     if len(records) < 2:
         return None
     records.sort(key=lambda r: (r.age.months is None, r.age.months or 0.0))
-    months = [r.age.months for r in records if r.age.months is not None]
-    undated = [f'ses-{r.session}' for r in records if r.age.months is None]
+    visits = [_visit(r) for r in records]
+    rows = [development_row(r.volumes, r.qc.get('cortex')) for r in records]
+    links = [
+        (report_link(r, out_dir), any(f.severity != 'info' for f in r.flags)) for r in records
+    ]
+    path = out_dir / f'sub-{subject}.html'
+    _write(
+        path,
+        f'sub-{subject}',
+        visits,
+        rows,
+        links,
+        sessions=[session_row(r, out_dir) for r in records],
+        pictures=_pictures([v.session for v in visits], [_label_map(r, out_dir) for r in records]),
+        curves=cohort_curves(out_dir / GROUP_TABLE),
+        flags=visit_flags([v for v in visits if v.volumes]),
+    )
+    return path
+
+
+def _write(
+    path: Path,
+    title: str,
+    visits: Sequence[Visit],
+    rows: Sequence[Mapping[str, float]],
+    links: Sequence[tuple[str, bool]],
+    /,
+    *,
+    curves: Mapping[str, GrowthCurve],
+    **values: Any,
+) -> None:
+    """Fill the page of a child."""
+    months = [v.months for v in visits if v.months is not None]
+    charts, structure_charts = _trajectories(visits, rows, links, curves)
     page = render(
         'subject.html',
-        subject=subject,
+        title=title,
         version=__version__,
         made=say.now(),
         span=say.span_text(months) if months else '',
-        sessions=[session_row(r, out_dir) for r in records],
-        flags=visit_flags(_visits(records)),
-        charts=growth_charts(records, out_dir, [f'ses-{r.session}' for r in records]),
-        undated=', '.join(undated),
-        growth=_growth_rows(records),
-        structures=_structure_rows(records),
+        charts=charts,
+        structure_charts=structure_charts,
+        curve_sessions=max((c.sessions for c in curves.values()), default=0),
+        undated=', '.join(v.session for v in visits if v.months is None),
+        growth=_growth_rows(growth_table([v for v in visits if v.volumes])),
+        measures=_measure_rows(rows),
+        structures=_structure_rows(visits),
+        **values,
     )
-    path = out_dir / f'sub-{subject}.html'
     write_atomic(path, page)
+
+
+def generate_development_report(
+    metrics: DevelopmentalMetrics,
+    path: str | os.PathLike[str],
+    *,
+    title: str = 'Child',
+    curves: Mapping[str, GrowthCurve] | None = None,
+) -> Path:
+    """Write the page of a child's development from `calculate_developmental_metrics`.
+
+    Parameters
+    ----------
+    metrics : DevelopmentalMetrics
+        Measures of one child's sessions.
+    path : path of the HTML file, which needs nothing else beside it
+    title : what to call the child
+    curves : mapping, optional
+        Curves of a cohort (see `longitudinal.fit_growth_curve`), volumes in mm3, by the name of
+        the column of `metrics.sessions`. They are drawn and named as the cohort's own.
+
+    Returns
+    -------
+    The path.
+
+    Raises
+    ------
+    OutputError
+        The page cannot be written, or its name does not end in `.html`.
+    """
+    path = Path(path)
+    if path.suffix != '.html':
+        raise OutputError(f'{path} is no page; give a name that ends in .html.')
+    by_name = {v.session: v for v in metrics.visits}
+    visits = [by_name[name] for name in metrics.sessions.index]
+    rows = [
+        {k: v for k, v in row.items() if k != 'Age'} for row in metrics.sessions.to_dict('records')
+    ]
+    images = [metrics.label_maps.get(v.session) for v in visits]
+    maps = [None if i is None else (np.asarray(i.dataobj), i.affine) for i in images]
+    sessions = [
+        {
+            'session': v.session,
+            'href': '',
+            'age': say.number(v.months, '.3g') + (' months' if v.months is not None else ''),
+            'scans': 'n/a',
+            'brain': say.millilitres(group_volumes(v.volumes).get(BRAIN)),
+            'flags': 'n/a',
+            'level': 'info',
+            'hint': '',
+            'note': '',
+        }
+        for v in visits
+    ]
+    _write(
+        path,
+        title,
+        visits,
+        rows,
+        [('', False)] * len(visits),
+        sessions=sessions,
+        pictures=_pictures([v.session for v in visits], maps),
+        curves=curves or {},
+        flags=metrics.flags,
+    )
     return path

@@ -105,8 +105,7 @@ def report_data(
             uncertainty=output / names.image('desc-uncertainty_probseg.nii.gz'),
             figures_dir=figures,
             transforms=tuple(
-                {**{k: v for k, v in a.items() if k != 'matrix'}, 'scan': _label(a['scan'])}
-                for a in ledger['alignments']
+                {**a, 'scan': _label(a['scan'])} for a in ledger['alignments']
             ),
             scan_weights=tuple(w for w in ledger['scan_weights'] if w > 0),
             model=ledger['model'],

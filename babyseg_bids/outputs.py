@@ -236,6 +236,14 @@ def dseg_table(*, official: bool = False) -> str:
     return '\n'.join(lines) + '\n'
 
 
+def _text_of(path: Path) -> bytes | None:
+    """A file as it is; None where it is absent or unreadable, which discovery has told."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
 def write_dataset_files(settings: Settings, methods: str, /) -> None:
     """Write the files that describe the output folder as a BIDS derivative dataset.
 
@@ -256,7 +264,14 @@ def write_dataset_files(settings: Settings, methods: str, /) -> None:
         'DatasetLinks': {'raw': settings.bids_dir.resolve().as_uri()},
     }
     descriptions = ''.join(f'desc-{k}\t{v}\n' for k, v in DESCRIPTIONS.items())
+    # The group level joins them to the volumes, when the dataset itself may be gone.
+    kept = {
+        f'logs/{name}': text
+        for name in ('participants.tsv', 'participants.json')
+        if (text := _text_of(settings.bids_dir / name)) is not None
+    }
     files = {
+        **kept,
         'dataset_description.json': json.dumps(description, indent=2) + '\n',
         '.bidsignore': '\n'.join(IGNORED) + '\n',
         'README.md': README.format(version=__version__),

@@ -1,7 +1,8 @@
 """The page of one child with several sessions: how the volumes develop."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from babyseg_bids import __version__
@@ -15,6 +16,7 @@ from babyseg_bids.longitudinal import (
 )
 from babyseg_bids.reports import wording as say
 from babyseg_bids.reports.charts import Chart, Point, growth_chart
+from babyseg_bids.reports.cohort import Outlier, Trend
 from babyseg_bids.reports.files import Derivative, collect, render, write_atomic
 
 
@@ -49,24 +51,38 @@ def session_row(record: Derivative, out_dir: Path, /) -> dict[str, Any]:
 
 
 def growth_charts(
-    records: Sequence[Derivative], out_dir: Path, /, names: Sequence[str]
+    records: Sequence[Derivative],
+    out_dir: Path,
+    /,
+    names: Sequence[str],
+    trends: Mapping[str, Trend] = MappingProxyType({}),
+    outliers: Sequence[Outlier] = (),
 ) -> list[Chart]:
     """Charts of the brain and the tissues against age, from all sessions with an age in months.
 
     Parameters
     ----------
     names : what to write beside the point of each session
+    trends, outliers : the cohort's curves (mm3) by title, and the sessions far from them
     """
+    far = {(o.session, o.what): o.text for o in outliers}
     points: dict[str, list[Point]] = {}
-    for record, name in zip(records, names, strict=True):
+    for row, (record, name) in enumerate(zip(records, names, strict=True)):
         if record.age.months is None:
             continue
         flagged = any(f.severity != 'info' for f in record.flags)
         link = report_link(record, out_dir)
         for what, volume in group_volumes(record.volumes).items():
-            point = Point(record.age.months, volume / 1000, record.subject, name, link, flagged)
+            why = far.get((record.name, what), '')
+            age, series = record.age.months, record.subject
+            point = Point(age, volume / 1000, series, name, link, flagged, why, row)
             points.setdefault(what, []).append(point)
-    charts = [growth_chart(what, 'mL', p, 'Age (months)') for what, p in points.items()]
+    charts = []
+    for what, some in points.items():
+        trend = trends.get(what)
+        curve = list(zip(trend.months, trend.values / 1000, strict=True)) if trend else []
+        spread = trend.sd if trend else 0.0
+        charts.append(growth_chart(what, 'mL', some, 'Age (months)', curve, spread))
     return [chart for chart in charts if chart]
 
 

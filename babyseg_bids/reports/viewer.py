@@ -49,7 +49,9 @@ def coarse_grid(volume: Volume, /) -> tuple[np.ndarray, tuple[int, ...]]:
     return affine, shape
 
 
-def _resample(array: np.ndarray, volume: Volume, grid: np.ndarray, shape: tuple, order: int) -> Any:
+def _resample(
+    array: np.ndarray, volume: Volume, grid: np.ndarray, shape: tuple, order: int
+) -> Any:
     to_voxel = np.linalg.inv(volume.affine) @ grid
     if order:
         # Without smoothing, a coarser grid would show noise as structure.

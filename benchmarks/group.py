@@ -62,7 +62,10 @@ def write_sessions(folder: Path, first: int, number: int, rng: np.random.Generat
             'inputs': [{'path': scan, 'sha256': f'{place:064x}'}],
             'outputs': [f'{stem}_desc-aseg_dseg.nii.gz'],
             'flags': flags,
-            **{'model': 'default 1', 'version': '1', 'device': 'cpu', 'seconds': 46.9},
+            'model': 'default 1',
+            'version': '1',
+            'device': 'cpu',
+            'seconds': 46.9,
         }
         if rng.random() < 0.998:
             (anat / f'{stem}_desc-inputs_ledger.json').write_text(json.dumps(ledger))

@@ -152,8 +152,11 @@ def slice_positions(labels: np.ndarray, axis: int, number: int, /) -> list[int]:
     shares = areas / np.maximum(areas.max(axis=1, keepdims=True), 1) if areas.size else areas
     shown = np.zeros(len(shares))
     places: dict[int, int] = {}
+    # Slices near a border of two parts would stand beside a neighbour that shows the same.
+    room = (borders[1] - borders[0]) * 0.2
     parts = [
-        np.unique(np.linspace(a, b, 9).round().astype(int)) for a, b in itertools.pairwise(borders)
+        np.unique(np.linspace(a + room, b - room, 9).round().astype(int))
+        for a, b in itertools.pairwise(borders)
     ]
     # The part that has most to show chooses first, so that its neighbours show something else.
     for _ in range(number):
@@ -288,7 +291,7 @@ def _annotate(picture: Image.Image, volume: Volume, layout: Layout) -> None:
         voxel = centre.copy()
         voxel[axis] = index
         mm = (volume.affine @ [*voxel, 1])[axis]
-        text = f'{"xyz"[axis]} = {mm:+.0f} mm'
+        text = f'{"xyz"[axis]} = {round(mm):+d} mm'
         if plane == 'sagittal':
             # The side of a sagittal slice is told relative to the middle of the brain.
             text = f'{"left" if index < centre[0] else "right"}, {text}'

@@ -50,7 +50,7 @@
     comment.placeholder = 'comment';
     comment.setAttribute('aria-label', `Comment on ${row.dataset.name}`);
     select.addEventListener('change', () => rate(row, { rating: select.value }));
-    comment.addEventListener('change', () => rate(row, { comment: comment.value }));
+    comment.addEventListener('input', () => rate(row, { comment: comment.value }));
     cell.replaceChildren(select, comment);
   };
 

@@ -245,5 +245,5 @@ def test_what_hostile_names_and_cells_hold_is_shown_as_text(open_page, tmp_path)
     write_session_report(pages[-1], data)
     for path in pages:
         page = open_page(path)
-        assert EVIL in page.locator('main').inner_text()
+        assert EVIL in page.locator('body').inner_text()
         assert page.evaluate('window.hacked') is None

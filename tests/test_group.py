@@ -165,7 +165,7 @@ def test_a_session_far_from_the_curve_is_named_with_its_reason(tmp_path):
     publish(tmp_path, '20', 'A', months=6.0, scale=2.6)
     write_group(tmp_path)
     table = {r['participant_id']: r for r in rows(tmp_path / 'group_desc-babyseg_qc.tsv')}
-    assert 'Segmented brain +1' in table['sub-20']['outliers']
+    assert 'Segmented brain +98 %' in table['sub-20']['outliers']
     assert [p for p, r in table.items() if r['outliers'] != 'n/a'] == ['sub-20']
     page = check_page(tmp_path / 'group.html')
     assert len([c for c in page.all('circle') if c.get('class') == 'outlier']) == 7

@@ -36,6 +36,8 @@ LOOKS = (
     'cnr_cortex_ventricle',
 )
 NEIGHBOURS = 5
+# A feature that varies less is the same for all: what is left are rounded digits.
+LEAST_SPREAD = 1e-3
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def _standardised(columns: np.ndarray) -> np.ndarray:
         columns = columns[:, known]
         middle = np.nanmedian(columns, axis=0)
         spread = np.nanmedian(np.abs(columns - middle), axis=0) * 1.4826
-        z = (columns - middle) / np.where(spread > 0, spread, 1)
+        z = (columns - middle) / np.where(spread > LEAST_SPREAD, spread, np.inf)
     return np.clip(np.nan_to_num(z), -4, 4)
 
 

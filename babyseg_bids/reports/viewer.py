@@ -40,8 +40,14 @@ def coarse_grid(volume: Volume, /) -> tuple[np.ndarray, tuple[int, ...]]:
     zooms = volume.zooms
     extent = np.array(volume.labels.shape) * zooms
     size = max(float(zooms.max()), float((extent.prod() / MAX_VOXELS) ** (1 / 3)))
-    size = math.ceil(size * 10 - 1e-6) / 10
-    shape = tuple(int(n) for n in np.maximum(np.ceil(extent / size - 1e-6), 1))
+    tenths = math.ceil(size * 10 - 1e-6)
+    while True:
+        size = tenths / 10
+        shape = tuple(int(n) for n in np.maximum(np.ceil(extent / size - 1e-6), 1))
+        # Rounding up at the border may still give too many.
+        if math.prod(shape) <= MAX_VOXELS:
+            break
+        tenths += 1
     affine = volume.affine.copy()
     affine[:3, :3] *= size / zooms
     # The first voxels of both grids share their outer corner.

@@ -41,14 +41,15 @@ LISTED = 12
 # Rows that are shown before the script has the others in hand.
 FIRST_ROWS = 100
 OUTLIERS_SHOWN = 200
+OTHERS_NAMED = 4
 # What was read last time, so that only new and changed sessions are read again.
 INDEX = Path('logs') / 'group_index.json.gz'
 
 
-def _short(names: Sequence[str]) -> str:
+def _short(names: Sequence[str], limit: int = LISTED) -> str:
     """A list for a sentence."""
-    if len(names) > LISTED:
-        return f'{", ".join(names[:LISTED])} and {len(names) - LISTED} more'
+    if len(names) > limit:
+        return f'{", ".join(names[:limit])} and {len(names) - limit} more'
     return ', '.join(names)
 
 
@@ -74,7 +75,7 @@ def _row(
         ],
         'sure': say.number(sure),
         'sure_exact': f'{sure:.5f}' if isinstance(sure, float) else '',
-        'note': '; '.join([n for n in (row['note'],) if n] + [o.text for o in outliers]),
+        'note': '; '.join([n for n in (row['note'],) if n] + [o.text for o in outliers[:1]]),
         'rating': rating.rating if rating else '',
         'comment': rating.comment if rating else '',
     }
@@ -222,6 +223,22 @@ def gather(out_dir: Path, bids_dir: Path | None = None) -> Group:
     )
 
 
+def _outlier_row(record: Derivative, outliers: Sequence[Outlier], out_dir: Path) -> dict[str, Any]:
+    """A session's farthest value, and the names of its others."""
+    first = outliers[0]
+    return {
+        'name': record.name,
+        'href': report_link(record, out_dir),
+        'age': say.age_text(record.age),
+        'what': first.what,
+        'value': say.millilitres(first.value),
+        'expected': say.millilitres(first.expected),
+        'percent': say.number(first.percent, '+.0f'),
+        'deviation': say.number(first.deviation, '+.1f'),
+        'others': _short([o.what for o in outliers[1:]], OTHERS_NAMED),
+    }
+
+
 def _page(group: Group, out_dir: Path) -> str:
     """The group's HTML page."""
     records = group.records
@@ -230,6 +247,7 @@ def _page(group: Group, out_dir: Path) -> str:
     undated = [r.name for r in records if r.age.months is None]
     by_name = {r.name: r for r in records}
     far = group.outliers_by_session
+    names = list(far)[:OUTLIERS_SHOWN]
     labels = [r.name.removeprefix('sub-') for r in records]
     return render(
         'group.html',
@@ -247,20 +265,8 @@ def _page(group: Group, out_dir: Path) -> str:
             for r in records
         ],
         first=FIRST_ROWS,
-        outliers=[
-            {
-                'name': o.session,
-                'href': report_link(by_name[o.session], out_dir),
-                'age': say.age_text(by_name[o.session].age),
-                'what': o.what,
-                'value': say.millilitres(o.value),
-                'expected': say.millilitres(o.expected),
-                'percent': say.number(o.percent, '+.0f'),
-                'deviation': say.number(o.deviation, '+.1f'),
-            }
-            for o in group.outliers[:OUTLIERS_SHOWN]
-        ],
-        more_outliers=max(len(group.outliers) - OUTLIERS_SHOWN, 0),
+        outliers=[_outlier_row(by_name[name], far[name], out_dir) for name in names],
+        more_outliers=max(len(far) - OUTLIERS_SHOWN, 0),
         absent=group.absent,
         ratings_file=RATINGS_FILE,
         kinds=_kinds(records),

@@ -21,10 +21,16 @@
   };
   const rating = (row) => drafts[row.dataset.name] ?? { rating: row.dataset.rating, comment: row.dataset.comment };
 
+  const clean = (text) => text.replace(/\s+/g, ' ').trim();
+  const settle = (row) => {
+    const now = rating(row);
+    if (now.rating === row.dataset.rating && clean(now.comment) === row.dataset.comment) delete drafts[row.dataset.name];
+  };
+
   const rate = (row, change) => {
     const now = { ...rating(row), ...change };
-    if (now.rating === row.dataset.rating && now.comment === row.dataset.comment) delete drafts[row.dataset.name];
-    else drafts[row.dataset.name] = now;
+    drafts[row.dataset.name] = now;
+    settle(row);
     row.querySelector('.rate').dataset.sort = now.rating;
     keep();
     tell();
@@ -114,13 +120,12 @@
   $('next').addEventListener('click', () => { page += 1; draw(); });
 
   const tsv = () => {
-    const clean = (text) => text.replace(/\s+/g, ' ').trim() || 'n/a';
     const lines = ['participant_id\tsession_id\trating\tcomment'];
     for (const row of all) {
       const now = rating(row);
       if (!now.rating && !now.comment) continue;
       const [, subject, session] = row.dataset.name.match(/^(sub-.*?)(?:_(ses-.*))?$/);
-      lines.push([subject, session ?? 'n/a', now.rating || 'n/a', clean(now.comment)].join('\t'));
+      lines.push([subject, session ?? 'n/a', now.rating || 'n/a', clean(now.comment) || 'n/a'].join('\t'));
     }
     return `${lines.join('\n')}\n`;
   };
@@ -172,7 +177,13 @@
 
   $('tools').hidden = false;
   $('rating-tools').hidden = false;
-  for (const row of all) if (drafts[row.dataset.name]) row.querySelector('.rate').dataset.sort = rating(row).rating;
+  for (const row of all) {
+    if (!drafts[row.dataset.name]) continue;
+    // What the group level has read back is no draft any more.
+    settle(row);
+    row.querySelector('.rate').dataset.sort = rating(row).rating;
+  }
+  keep();
   tell();
   draw();
 })();

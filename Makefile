@@ -3,15 +3,17 @@
 #   make demo                           example data in, derivatives out, under .demo/
 #   make run BIDS=in OUT=out ARGS='…'   babyseg on your own dataset
 #   make test                           the whole test suite
+#   make evaluate DATA=in MAPS=maps     the figures of the model card (see docs/training.md)
 #   make lint | format | docs | lock | clean | clean-all
 #
-# Variables: PYTHON=python3.11  TORCH=cpu|cuda  VENV=.venv  DEMO=.demo  WORKERS=2  LEVEL=participant
+# Variables: PYTHON=python3.11  TORCH=cpu|cuda  VENV=.venv  DEMO=.demo  WORKERS=2  LEVEL=participant  SAMPLES=67
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= .demo
 WORKERS ?= 2
 LEVEL ?= participant
+SAMPLES ?= 67
 
 bin := $(VENV)/bin
 stamps := $(VENV)/.stamps
@@ -29,7 +31,7 @@ typed := $(addprefix babyseg_bids/,$(addsuffix .py, \
     $(wildcard $(addprefix babyseg_bids/, age*.py discovery*.py preflight*.py qc*.py))
 sources := babyseg_bids workflows synthesis tests benchmarks
 
-.PHONY: help demo run test lint format docs lock clean clean-all install
+.PHONY: help demo run test evaluate lint format docs lock clean clean-all install
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -78,6 +80,15 @@ run: $(installed)
 
 test: $(installed) $(installed_test)
 	$(bin)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+evaluate: $(installed)
+	@test -n '$(DATA)' -a -n '$(MAPS)' || \
+	    { echo "Say where scans and prepared maps are: make evaluate DATA=in MAPS=maps.npz" >&2; exit 2; }
+	$(bin)/babyseg-train evaluate '$(MAPS)' --samples $(SAMPLES) --seed 1000
+	$(bin)/babyseg-train evaluate '$(MAPS)' --samples $(SAMPLES) --seed 1000 --scans 3
+	$(bin)/babyseg-train evaluate '$(MAPS)' --samples $(SAMPLES) --seed 1000 --settings hard
+	$(bin)/babyseg-train calibrate '$(MAPS)' --samples 4 --seed 2000
+	$(bin)/python benchmarks/real.py '$(DATA)'
 
 lint: $(installed) $(installed_test)
 	$(bin)/ruff check .

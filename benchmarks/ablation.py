@@ -15,7 +15,7 @@ import torch
 
 from babyseg_bids import BabySegPipeline
 from babyseg_bids.network.weights import Model, load_model, save_model
-from babyseg_bids.synthesis.evaluate import evaluate, summarise
+from babyseg_bids.synthesis.evaluate import evaluate, held_out_cases, summarise
 from babyseg_bids.synthesis.maps import TrainingMap, load_maps
 from babyseg_bids.synthesis.settings import load_settings
 from babyseg_bids.synthesis.train import HELD_OUT, Stage, Trainer, TrainingPlan
@@ -80,15 +80,14 @@ def main() -> None:
         model = train(name, maps, folder, steps=args.steps, seed=seed, threads=args.threads)
         row: dict[str, object] = {'synthesis': name, 'seed': seed}
         for preset in ('default', 'hard'):
-            dice = evaluate(
+            cases = held_out_cases(
                 model,
                 held_out,
                 donors=donors,
                 samples=args.samples,
                 settings=load_settings(preset),
-                size=(48, 64, 48),
             )
-            row[preset] = summarise(dice).loc['mean', 'all']
+            row[preset] = summarise(evaluate(cases)).loc['mean', 'all']
         if args.images:
             row['agreement'] = round(agreement(folder / 'model.safetensors', args.images), 3)
         rows.append(row)

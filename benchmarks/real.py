@@ -1,21 +1,33 @@
 """What a model does on real scans that have no reference segmentation.
 
 The folder holds the datasets `ds-templates` (T1w and T2w of one anatomy), `ds-motion24` (a scan
-with motion and the same one enhanced) and `ds-bmex` (stripped scans). Printed are the agreement of
-T1w alone with T2w alone and of motion with enhanced (mean Dice over structures), that of the brain
-with the non-zero region, volumes, and the largest difference between the two sides.
+with motion and the same one enhanced), `ds-bmex` (stripped scans) and `adult-heads`. Printed are
+
+* the mean Dice of T1w alone against T2w alone and of motion against enhanced;
+* that of the brain with the non-zero region, volumes, and the largest difference of two sides;
+* the agreement of 5 mm slices with the scan that they were made from;
+* how far volumes depend on the order and direction of the axes and on oblique headers;
+* what of adult brains lies outside the head.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from babyseg_bids import BabySegPipeline
 from babyseg_bids.labels import label_table
+
+ORIENTATIONS = [
+    ''.join(c)
+    for order in itertools.permutations(('LR', 'PA', 'IS'))
+    for c in itertools.product(*order)
+]
 
 
 def labels_of(pipeline: BabySegPipeline, *paths: Path) -> np.ndarray:
@@ -80,16 +92,101 @@ def stripped(pipeline: BabySegPipeline, folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def thick_slices(pipeline: BabySegPipeline, path: Path, *, slice_mm: float = 5) -> pd.DataFrame:
+    """Dice of a scan averaged to thick slices along each axis with its own label map."""
+    image = nib.as_closest_canonical(nib.load(path))
+    data = np.asarray(image.dataobj, np.float32)
+    own = labels_of(pipeline, path)
+    own = np.asarray(nib.as_closest_canonical(nib.Nifti1Image(own, nib.load(path).affine)).dataobj)
+    rows = []
+    for axis, plane in enumerate(('sagittal', 'coronal', 'axial')):
+        step = round(slice_mm / image.header.get_zooms()[axis])
+        count = data.shape[axis] // step
+        whole = tuple(slice(0, count * step) if a == axis else slice(None) for a in range(3))
+        shape = list(data.shape)
+        shape[axis : axis + 1] = [count, step]
+        thick = data[whole].reshape(shape).mean(axis + 1)
+        scale = np.eye(4)
+        scale[axis, axis] = step
+        scale[axis, 3] = (step - 1) / 2
+        found = pipeline.predict([nib.Nifti1Image(thick, image.affine @ scale)]).segmentation
+        expected = most_frequent(own[whole].reshape(shape), axis + 1)
+        rows.append((plane, mean_dice(np.asarray(found.dataobj), expected)))
+    return pd.DataFrame(rows, columns=['5 mm slices', 'dice'])
+
+
+def most_frequent(labels: np.ndarray, axis: int) -> np.ndarray:
+    """The label that most voxels along an axis have."""
+    numbers = np.unique(labels)
+    counts = np.stack([(labels == n).sum(axis) for n in numbers])
+    return np.asarray(numbers[counts.argmax(0)])
+
+
+def orientations(pipeline: BabySegPipeline, path: Path) -> pd.DataFrame:
+    """Largest change of a structure's volume over 48 axis orders and flips and three turns."""
+    image = nib.load(path)
+    expected = volumes(pipeline, image)
+    changes = {}
+    for codes in ORIENTATIONS:
+        transform = nib.orientations.ornt_transform(
+            nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(codes)
+        )
+        changes[codes] = volumes(pipeline, image.as_reoriented(transform)) / expected - 1
+    for axis in range(3):
+        turn = np.eye(4)
+        turn[:3, :3] = Rotation.from_rotvec(np.eye(3)[axis] * 15, degrees=True).as_matrix()
+        oblique = nib.Nifti1Image(image.dataobj, turn @ image.affine)
+        changes[f'turned {"xyz"[axis]}'] = volumes(pipeline, oblique) / expected - 1
+    worst = {name: float(np.nanmax(np.abs(c))) for name, c in changes.items()}
+    name = max(worst, key=worst.__getitem__)
+    return pd.DataFrame(
+        [(len(worst), name, 100 * worst[name])],
+        columns=['orientations', 'worst', 'largest change of a volume, %'],
+    )
+
+
+def volumes(pipeline: BabySegPipeline, image: nib.Nifti1Image) -> np.ndarray:
+    """Soft volumes of the structures, mm3."""
+    result = pipeline.predict([image]).volumes
+    return result.set_index('index')['volume-mm3'].to_numpy(float)
+
+
+def adult_heads(pipeline: BabySegPipeline, folder: Path) -> pd.DataFrame:
+    """Brain volume and what of it lies outside the head, in heads with skull and neck."""
+    rows = []
+    for path in sorted(folder.glob('adult-heads/*.nii*')):
+        image = nib.load(path)
+        data = np.asarray(image.dataobj, np.float32)
+        head = ndimage.gaussian_filter(data, 1) > 0.1 * np.quantile(data, 0.99)
+        head = ndimage.binary_fill_holes(ndimage.binary_closing(head, iterations=3))
+        brain = labels_of(pipeline, path) > 0
+        unit = abs(np.linalg.det(image.affine[:3, :3])) / 1000
+        outside = 100 * (brain & ~head).sum() / max(1, brain.sum())
+        rows.append((path.name, brain.sum() * unit, outside, ndimage.label(brain)[1]))
+    return pd.DataFrame(rows, columns=['head', 'brain mL', 'outside head, %', 'pieces'])
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print all tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('folder', type=Path, help='holds ds-templates, ds-motion24 and ds-bmex')
+    parser.add_argument('folder', type=Path, help='holds the datasets')
     parser.add_argument('--model', default='default')
+    parser.add_argument(
+        '--only', nargs='+', choices=('agreements', 'stripped', 'thick', 'turned', 'heads')
+    )
     args = parser.parse_args()
     pipeline = BabySegPipeline(model=args.model)
-    print(agreements(pipeline, args.folder).round(3).to_string(index=False))
-    print()
-    print(stripped(pipeline, args.folder).round(3).to_string(index=False))
+    thick = args.folder / 'ds-motion24'
+    enhanced = min(thick.glob('sub-*/**/anat/*_T1w.nii.gz'))
+    tables = {
+        'agreements': lambda: agreements(pipeline, args.folder),
+        'stripped': lambda: stripped(pipeline, args.folder),
+        'thick': lambda: thick_slices(pipeline, enhanced),
+        'turned': lambda: orientations(pipeline, enhanced),
+        'heads': lambda: adult_heads(pipeline, args.folder),
+    }
+    for name in args.only or tables:
+        print(tables[name]().round(3).to_string(index=False), end='\n\n', flush=True)
 
 
 if __name__ == '__main__':

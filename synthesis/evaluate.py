@@ -1,14 +1,14 @@
 """Measure a model on synthetic scans of children that it was not trained on."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-import torch
+from torch import Tensor
 
 from babyseg_bids.labels import label_table
-from babyseg_bids.network.inference import predict
+from babyseg_bids.network.prediction import Prediction, predict
 from babyseg_bids.network.weights import Model
 from babyseg_bids.synthesis.generator import draw_sample
 from babyseg_bids.synthesis.losses import hard_dice
@@ -16,7 +16,23 @@ from babyseg_bids.synthesis.maps import TrainingMap
 from babyseg_bids.synthesis.settings import SynthesisSettings, load_settings
 
 
-def evaluate(
+@dataclass(frozen=True)
+class Case:
+    """A synthetic sample of a held-out child and what the model makes of it.
+
+    Parameters
+    ----------
+    child : name of the map
+    target : (*size) int64, channels
+    prediction : of a volume of that size
+    """
+
+    child: str
+    target: Tensor
+    prediction: Prediction
+
+
+def held_out_cases(
     model: Model,
     maps: Sequence[TrainingMap],
     /,
@@ -26,10 +42,10 @@ def evaluate(
     scans: int = 1,
     seed: int = 0,
     settings: SynthesisSettings | None = None,
-    size: tuple[int, int, int] = (96, 112, 96),
+    extent: tuple[int, int, int] = (192, 224, 192),
     both_sides: bool = True,
-) -> pd.DataFrame:
-    """Dice of each structure on synthetic scans, at the model's own resolution.
+) -> Iterator[Case]:
+    """Draw synthetic scans and segment them at the model's own resolution.
 
     Parameters
     ----------
@@ -38,30 +54,42 @@ def evaluate(
     samples : drawn from each map
     scans : number of scans that each sample has
     settings : what the scans are like; the size, spacing and number of scans are set here
-    size : voxels
+    extent : of the volume, mm; rounded down to what the network asks for
     both_sides : as in `predict`
+    """
+    shares = tuple(float(i == scans - 1) for i in range(4))
+    base = settings or load_settings()
+    # A map is measured as it is, not mixed with the others.
+    anatomy = replace(base.anatomy, morph_probability=0.0, adult_share=0.0)
+    size = tuple(int(n / model.spacing) // model.multiple * model.multiple for n in extent)
+    settings = replace(
+        base,
+        anatomy=anatomy,
+        size=size,  # type: ignore[arg-type]
+        spacing=model.spacing,
+        group_shares=shares,
+    )
+    for source in maps:
+        for i in range(samples):
+            sample = draw_sample([source, *donors], seed=seed + i, settings=settings)
+            prediction = predict(sample.images, model, both_sides=both_sides)
+            yield Case(source.name, sample.target, prediction)
+
+
+def evaluate(cases: Iterable[Case], /) -> pd.DataFrame:
+    """Dice of each structure.
 
     Returns
     -------
     One row a sample: map, then Dice by abbreviation; NaN where a structure is in neither.
     """
     table = label_table()
-    shares = tuple(float(i == scans - 1) for i in range(4))
-    base = settings or load_settings()
-    # A map is measured as it is, not mixed with the others.
-    anatomy = replace(base.anatomy, morph_probability=0.0, adult_share=0.0)
-    settings = replace(
-        base, anatomy=anatomy, size=size, spacing=model.spacing, group_shares=shares
-    )
+    names = [r.abbreviation for r in table.rows]
     rows = []
-    for source in maps:
-        for i in range(samples):
-            sample = draw_sample([source, *donors], seed=seed + i, settings=settings)
-            with torch.inference_mode():
-                labels = predict(sample.images, model, both_sides=both_sides).argmax(0)
-            dice = hard_dice(labels, sample.target, classes=len(table)).numpy()
-            names = [r.abbreviation for r in table.rows]
-            rows.append({'map': source.name, **dict(zip(names, dice, strict=True))})
+    for case in cases:
+        labels = case.prediction.channels(case.target.shape)
+        dice = hard_dice(labels, case.target, classes=len(table)).numpy()
+        rows.append({'map': case.child, **dict(zip(names, dice, strict=True))})
     return pd.DataFrame(rows).drop(columns='BG')
 
 

@@ -8,7 +8,8 @@ from dataclasses import fields, replace
 
 import numpy as np
 from jinja2 import Environment
-from matplotlib.image import imsave
+from matplotlib.image import imread, imsave
+from torch import Tensor
 
 from babyseg_bids.labels import label_table
 from babyseg_bids.synthesis.generator import Sample, draw_sample
@@ -140,25 +141,37 @@ def label_of(section: str, name: str, /) -> str:
     return f'{section}: {name.removesuffix("_probability")}'
 
 
-def picture(sample: Sample, /) -> bytes:
-    """PNG of the middle planes of a sample: one row a plane; its scans, then its labels."""
+def picture(sample: Sample, /, *more: Tensor) -> bytes:
+    """PNG of the middle planes of a sample: one row a plane; its scans, then its labels.
+
+    Parameters
+    ----------
+    more : (*size) label maps to show beside the sample's own
+    """
     colours = np.array([r.rgb for r in label_table().rows], np.uint8)
+    maps = [x.cpu().numpy() for x in (sample.target, *more)]
     rows = []
-    target = sample.target.cpu().numpy()
-    for axis in range(target.ndim if target.ndim == 3 else 1):
-        middle = target.shape[axis] // 2
-        labels = np.take(target, middle, axis) if target.ndim == 3 else target
+    dim = sample.target.ndim
+    for axis in range(dim if dim == 3 else 1):
+        middle = sample.target.shape[axis] // 2
         row = []
         for image in sample.images.cpu().numpy():
-            plane = np.take(image, middle, axis) if target.ndim == 3 else image
+            plane = np.take(image, middle, axis) if dim == 3 else image
             row.append(np.repeat((255 * plane).astype(np.uint8)[..., None], 3, -1))
-        row.append(colours[labels])
+        row += [colours[np.take(m, middle, axis) if dim == 3 else m] for m in maps]
         # Up is superior or anterior.
         rows.append(np.concatenate([r.swapaxes(0, 1)[::-1] for r in row], 1))
     width = max(r.shape[1] for r in rows)
     padded = [np.pad(r, [(0, 0), (0, width - r.shape[1]), (0, 0)]) for r in rows]
     out = io.BytesIO()
     imsave(out, np.concatenate(padded), format='png')
+    return out.getvalue()
+
+
+def side_by_side(pictures: Sequence[bytes], /) -> bytes:
+    """One PNG of several of the same height."""
+    out = io.BytesIO()
+    imsave(out, np.concatenate([imread(io.BytesIO(p)) for p in pictures], 1), format='png')
     return out.getvalue()
 
 

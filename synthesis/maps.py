@@ -14,6 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
+from nibabel.processing import resample_to_output
 from scipy import ndimage
 
 from babyseg_bids.errors import InputError
@@ -181,22 +182,24 @@ class TrainingMap:
 
 
 def read_label_map(path: Path, /) -> tuple[np.ndarray, np.ndarray]:
-    """Source labels (X, Y, Z) int64 in RAS axes and the matching (4, 4) affine of a map.
+    """Source labels (X, Y, Z) int64 in RAS axes at 1 mm, and their (4, 4) affine.
+
+    Maps of another voxel size are resampled, each voxel from its nearest.
 
     Raises
     ------
     InputError
-        If the file cannot be read, or its voxels are not 1 mm.
+        If the file cannot be read or is not 3-D.
     """
     try:
-        image = nib.as_closest_canonical(nib.load(path))
+        image = nib.as_closest_canonical(nib.squeeze_image(nib.load(path)))
+        if image.ndim != 3:
+            raise InputError(f'{path} has {image.ndim} dimensions; give 3-D label maps.')
+        if not np.allclose(image.header.get_zooms()[:3], 1, atol=0.01):
+            image = resample_to_output(image, 1.0, order=0)
         labels = np.asarray(image.dataobj).round().astype(np.int64)
     except (OSError, nib.filebasedimages.ImageFileError, EOFError) as e:
         raise InputError(f'{path} cannot be read as a label map: {e}') from e
-    if not np.allclose(image.header.get_zooms()[:3], 1, atol=0.01):
-        raise InputError(
-            f'{path} has voxels of {image.header.get_zooms()[:3]} mm; give 1 mm maps.'
-        )
     return labels, image.affine
 
 
@@ -245,29 +248,54 @@ def remove_specks(classes: np.ndarray, channel: np.ndarray, /) -> np.ndarray:
 
 
 def prepare_map(path: Path, /) -> TrainingMap:
-    """Read, clean and crop one source map (see `TrainingMap`)."""
-    table = class_table()
+    """Read, clean and crop one source map (see `TrainingMap`).
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, or has no structure.
+    """
     labels, _ = read_label_map(path)
+    name = path.name.split('.')[0]
+    months = re.match(r'(\d+)mo$', name)
+    age = float(months[1]) if months else None
+    try:
+        return prepare_labels(labels, name=name, age=age)
+    except InputError as e:
+        raise InputError(f'{path}: {e}') from e
+
+
+def prepare_labels(labels: np.ndarray, /, *, name: str, age: float | None = None) -> TrainingMap:
+    """Clean and crop a map (X, Y, Z) of source labels, 1 mm, RAS axes.
+
+    Parameters
+    ----------
+    age : months
+
+    Raises
+    ------
+    InputError
+        If no voxel has a label that the network knows.
+    """
+    table = class_table()
+    labels = np.asarray(labels, np.int64)
     has_head = bool((labels > 500).sum() > 0.05 * (labels > 0).sum())
     labels = split_sideless(labels)
     lut = np.zeros(max(int(labels.max()), int(table.numbers.max())) + 1, np.uint8)
     lut[table.numbers] = np.arange(len(table))
     classes = lut[labels]
-    brain = table.channel[classes] > 0
-    if not brain.any():
-        raise InputError(f'{path} holds none of the labels that babyseg knows.')
+    if not (table.channel[classes] > 0).any():
+        raise InputError('the map holds none of the labels that babyseg knows.')
     margin = 2 if has_head else MARGIN
     classes = remove_specks(_crop(np.pad(classes, margin), margin), table.channel)
     brain = table.channel[classes] > 0
     hull = hull_distance(brain)
-    name = path.name.split('.')[0]
-    months = re.match(r'(\d+)mo$', name)
     return TrainingMap(
         name,
         np.ascontiguousarray(classes),
         np.clip(np.rint(hull / DISTANCE_STEP), -127, 127).astype(np.int8),
         has_head,
-        age=float(months[1]) if months else None,
+        age=age,
         sulci=None if has_head else sulcal_directions(brain, hull),
     )
 

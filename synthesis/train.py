@@ -2,19 +2,23 @@
 
 import csv
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset
 
 from babyseg_bids.errors import InputError, UsageError
 from babyseg_bids.labels import label_table
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
+from babyseg_bids.synthesis.gallery import picture, side_by_side
 from babyseg_bids.synthesis.generator import draw_sample
 from babyseg_bids.synthesis.losses import dice_cross_entropy, hard_dice
 from babyseg_bids.synthesis.maps import TrainingMap, class_table
@@ -28,6 +32,7 @@ DEFAULT_NETWORK = NetworkConfig(
     decoder=(96, 96, 64, 16),
     head=(16,),
     attention=8,
+    fine=(8, 16, 16),
 )
 # Hard Dice costs a twentieth of a step, so only some steps have it.
 _MEASURE_EVERY = 5
@@ -43,24 +48,29 @@ class Stage:
     spacing : voxel size, mm
     size : voxels, multiples of what the network asks for
     steps, batch : optimiser steps, and samples in each
+    fine : train the refinement too, which sees the images as they are and the U-Net halved;
+        else the U-Net alone sees them as they are
     """
 
     spacing: float
     size: tuple[int, int, int]
     steps: int
     batch: int
+    fine: bool = False
 
     @classmethod
     def parse(cls, text: str, /) -> 'Stage':
-        """Read `SPACING:XxYxZ:STEPS:BATCH`, for example `2.0:64x80x64:1500:2`."""
+        """Read `SPACING:XxYxZ:STEPS:BATCH[:fine]`, for example `2.0:64x80x64:1500:2`."""
         try:
-            spacing, size, steps, batch = text.split(':')
+            spacing, size, steps, batch, *kind = text.split(':')
+            if kind not in ([], ['fine']):
+                raise ValueError(kind)
             x, y, z = (int(n) for n in size.split('x'))
-            return cls(float(spacing), (x, y, z), int(steps), int(batch))
+            return cls(float(spacing), (x, y, z), int(steps), int(batch), bool(kind))
         except ValueError as e:
             raise UsageError(
-                f'{text!r} is not a training stage; write SPACING:XxYxZ:STEPS:BATCH, for example '
-                '2.0:64x80x64:1500:2.'
+                f'{text!r} is not a training stage; write SPACING:XxYxZ:STEPS:BATCH[:fine], '
+                'for example 2.0:64x80x64:1500:2.'
             ) from e
 
 
@@ -71,6 +81,9 @@ class TrainingPlan:
     Parameters
     ----------
     stages : in order
+    window : share of each axis that a fine stage computes its loss in
+    bfloat16 : compute the network in bfloat16; weights and loss stay float32
+    checkpointing : see `GroupUNet`
     rate : peak learning rate; it warms up, stays, and falls to zero over the last `decay` share
     average : decay of the exponential moving average of the weights
     """
@@ -84,13 +97,19 @@ class TrainingPlan:
     decay: float = 0.35
     average: float = 0.998
     clip: float = 1.0
+    window: float = 0.5
+    bfloat16: bool = False
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for stage in self.stages:
-            if any(n % self.network.multiple for n in stage.size):
+            if stage.fine and not self.network.fine:
+                raise UsageError('A training stage is fine, but the network has no refinement.')
+            multiple = 2 ** (len(self.network.encoder) + stage.fine)
+            if any(n % multiple for n in stage.size):
                 raise UsageError(
                     f'A training stage has the size {"x".join(map(str, stage.size))}; the network '
-                    f'needs multiples of {self.network.multiple}.'
+                    f'needs multiples of {multiple} there.'
                 )
 
     @property
@@ -114,16 +133,26 @@ class TrainingPlan:
 
 
 class SyntheticBatches(Dataset):
-    """Batches of synthetic samples; item i depends on the plan's seed and i alone.
+    """Batches of synthetic samples; item i depends on the plan's seed, i and the rank alone.
 
-    That makes training resumable without storing generator states.
+    That makes training resumable without storing generator states. The processes of one training
+    (ranks) see different anatomies, but as many scans.
     """
 
-    def __init__(self, maps: Sequence[TrainingMap], plan: TrainingPlan, start: int, stop: int):
+    def __init__(
+        self,
+        maps: Sequence[TrainingMap],
+        plan: TrainingPlan,
+        start: int,
+        stop: int,
+        *,
+        rank: int = 0,
+    ) -> None:
         self.maps = maps
         self.plan = plan
         self.start = start
         self.stop = stop
+        self.rank = rank
         self.table = class_table()
 
     def __len__(self) -> int:
@@ -144,13 +173,16 @@ class SyntheticBatches(Dataset):
         )
         samples = [
             draw_sample(self.maps, seed=seed * 64 + i, settings=settings, table=self.table)
-            for i in range(stage.batch)
+            for i in range(self.rank * stage.batch, (self.rank + 1) * stage.batch)
         ]
         return torch.stack([s.images for s in samples]), torch.stack([s.target for s in samples])
 
 
 class Trainer:
     """State of a training in a folder: weights, averaged weights, optimiser, step.
+
+    Where torch's process group is set up (`torchrun`), gradients are averaged over its processes,
+    and the first one writes.
 
     Parameters
     ----------
@@ -162,7 +194,10 @@ class Trainer:
         self.folder = folder
         self.device = device
         torch.manual_seed(plan.seed)
-        network = GroupUNet(plan.network)
+        self.rank, self.world = 0, 1
+        if distributed.is_initialized():
+            self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
+        network = GroupUNet(plan.network, checkpointing=plan.checkpointing)
         layout = torch.channels_last_3d if plan.network.dim == 3 else torch.channels_last
         self.network = network.to(device, memory_format=layout)
         self.averaged = deepcopy(self.network).requires_grad_(False)
@@ -212,6 +247,8 @@ class Trainer:
 
     def save(self, name: str = 'checkpoint.pt') -> None:
         """Write the state; a kill at any moment leaves the old or the new one."""
+        if self.rank:
+            return
         state = {
             'network': self.network.state_dict(),
             'averaged': self.averaged.state_dict(),
@@ -229,11 +266,18 @@ class Trainer:
         rate = self.plan.rate_at(self.step)
         for group in self.optimiser.param_groups:
             group['lr'] = rate
-        logits = self.network(images.to(self.device))
-        target = target.to(self.device)
+        images, target = images.to(self.device), target.to(self.device)
+        with torch.autocast(self.device.split(':')[0], torch.bfloat16, enabled=self.plan.bfloat16):
+            if self.plan.stages[self.plan.stage_at(self.step)].fine:
+                window = self._window(target.shape[1:])
+                logits = self.network(images, window=window)
+                target = target[(..., *(slice(2 * w.start, 2 * w.stop) for w in window))]
+            else:
+                logits = self.network.coarse(images).logits
         loss = dice_cross_entropy(logits, target)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        self._share_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.plan.clip)
         if torch.isfinite(norm):
             self.optimiser.step()
@@ -245,6 +289,31 @@ class Trainer:
             dice = float(hard_dice(prediction, target, classes=logits.shape[1])[1:].nanmean())
         return float(loss.detach()), dice
 
+    def _share_gradients(self) -> None:
+        """Average the gradients over the processes of the training."""
+        if self.world == 1:
+            return
+        parameters = list(self.network.parameters())
+        # A stage may leave part of the network without gradients, in all processes alike.
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        distributed.all_reduce(flat)
+        flat /= self.world
+        parts = flat.split([g.numel() for g in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _window(self, size: Sequence[int], /) -> tuple[slice, ...]:
+        """A random part of a volume, in voxels of twice the size; the step alone decides it."""
+        generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.step)
+        window = []
+        for n in size:
+            width = round(self.plan.window * (n // 2))
+            start = int(torch.randint(n // 2 - width + 1, (), generator=generator))
+            window.append(slice(start, start + width))
+        return tuple(window)
+
+    @torch.no_grad()
     def _average(self) -> None:
         # Early on the average must follow quickly, or it would remember the random start.
         decay = min(self.plan.average, (1 + self.step) / (10 + self.step))
@@ -258,16 +327,25 @@ class Trainer:
         workers: int = 1,
         save_every: int = 100,
         stop: int | None = None,
+        validation: Sequence[TrainingMap] = (),
+        validate_every: int = 0,
     ) -> None:
-        """Train from the present step to the plan's end, or to the step `stop`."""
+        """Train from the present step to the plan's end, or to the step `stop`.
+
+        Parameters
+        ----------
+        validation : maps that are never trained on
+        validate_every : steps after which the averaged weights segment one synthetic sample of
+            each of them; writes `validation.csv` and a picture. 0 for never.
+        """
         end = min(stop or self.plan.steps, self.plan.steps)
         batches = DataLoader(
-            SyntheticBatches(maps, self.plan, self.step, end),
+            SyntheticBatches(maps, self.plan, self.step, end, rank=self.rank),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=3 if workers else None,
         )
-        log = _Log(self.folder / 'log.csv')
+        log = _Log(self.folder, self.plan.steps, quiet=bool(self.rank))
         for images, target in batches:
             stage = self.plan.stage_at(self.step)
             rate = self.plan.rate_at(self.step)
@@ -277,21 +355,62 @@ class Trainer:
                 self.save()
             if self.plan.stage_at(self.step) != stage:
                 self.save(f'stage-{stage}.pt')
+            if validate_every and self.step % validate_every == 0 and not self.rank:
+                log.validated(self.step, validate(self, validation))
+        log.close()
+
+
+@torch.inference_mode()
+def validate(trainer: Trainer, maps: Sequence[TrainingMap], /) -> float:
+    """Mean Dice of the averaged weights on one synthetic sample of each map, always the same.
+
+    Writes `validation-STEP.png` into the trainer's folder: image, truth and result.
+    """
+    plan = trainer.plan
+    stage = plan.stages[plan.stage_at(max(0, trainer.step - 1))]
+    anatomy = replace(plan.synthesis.anatomy, morph_probability=0.0, adult_share=0.0)
+    settings = replace(
+        plan.synthesis,
+        anatomy=anatomy,
+        size=stage.size,
+        spacing=stage.spacing,
+        group_shares=(1.0,),
+    )
+    shown, dices = [], []
+    for i, source in enumerate(maps):
+        sample = draw_sample([source], seed=i, settings=settings)
+        images = sample.images[None].to(trainer.device)
+        network = trainer.averaged
+        logits = network(images) if stage.fine else network.coarse(images).logits
+        labels = logits[0].argmax(0).cpu()
+        dice = hard_dice(labels, sample.target, classes=plan.network.labels)
+        dices.append(float(dice[1:].nanmean()))
+        shown.append(picture(replace(sample, images=sample.images[:1]), labels))
+    (trainer.folder / f'validation-{trainer.step:06d}.png').write_bytes(side_by_side(shown))
+    return sum(dices) / len(dices)
 
 
 class _Log:
-    """Means over 20 steps, to a CSV file and the screen."""
+    """Means over 20 steps, to a CSV file, the screen and TensorBoard where it is installed."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, folder: Path, steps: int, *, quiet: bool) -> None:
+        self.folder = folder
+        self.steps = steps
+        self.quiet = quiet
         self.rows: list[tuple[float, float]] = []
         self.began = time.monotonic()
+        self.board = None
+        if not quiet and find_spec('tensorboard'):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / 'tensorboard'))
 
     def add(
         self, step: int, stage: int, spacing: float, loss: float, dice: float, rate: float
     ) -> None:
+        """Take in one step."""
         self.rows.append((loss, dice))
-        if len(self.rows) < 20:
+        if len(self.rows) < 20 or self.quiet:
             return
         mean_loss = sum(loss for loss, _ in self.rows) / len(self.rows)
         dices = [dice for _, dice in self.rows if dice == dice]
@@ -306,12 +425,35 @@ class _Log:
             f'{rate:.2e}',
             f'{seconds:.2f}',
         )
-        new = not self.path.exists()
-        with self.path.open('a', newline='') as f:
-            writer = csv.writer(f)
-            if new:
-                writer.writerow(_FIELDS)
-            writer.writerow(row)
-        print(' '.join(f'{k} {v}' for k, v in zip(_FIELDS, row, strict=True)), flush=True)
+        self._write('log.csv', _FIELDS, row)
+        left = timedelta(seconds=round(seconds * (self.steps - step)))
+        print(' '.join(f'{k} {v}' for k, v in zip(_FIELDS, row, strict=True)), 'left', left)
+        self._scalars(step, {'loss': mean_loss, 'dice': mean_dice, 'rate': rate})
         self.rows = []
         self.began = time.monotonic()
+
+    def validated(self, step: int, dice: float) -> None:
+        """Take in a validation."""
+        self._write('validation.csv', ('step', 'dice'), (step, f'{dice:.4f}'))
+        print(f'step {step} validation dice {dice:.4f}', flush=True)
+        self._scalars(step, {'validation dice': dice})
+
+    def close(self) -> None:
+        """Write what is still held back."""
+        if self.board:
+            self.board.close()
+
+    def _write(self, name: str, names: Sequence[str], row: Sequence[object]) -> None:
+        path = self.folder / name
+        new = not path.exists()
+        with path.open('a', newline='') as f:
+            writer = csv.writer(f)
+            if new:
+                writer.writerow(names)
+            writer.writerow(row)
+
+    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if self.board:
+                self.board.add_scalar(name, value, step)
+        sys.stdout.flush()

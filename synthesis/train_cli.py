@@ -4,12 +4,17 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from babyseg_bids import __version__
-from babyseg_bids.errors import BabySegError, InputError
+from babyseg_bids.errors import BabySegError, InputError, UsageError
+
+if TYPE_CHECKING:
+    from babyseg_bids.network.weights import Model
+    from babyseg_bids.synthesis.evaluate import Case
 
 # Without these glibc returns every large tensor to the system and gets zeroed pages back for the
 # next one, which cost a quarter of a training step.
@@ -22,7 +27,7 @@ DEFAULT_STAGES = (
     '4.0:32x48x32:2500:2',
     '3.0:48x48x48:1500:2',
     '2.0:64x80x64:1500:2',
-    '1.5:80x96x80:800:1',
+    '1.0:128x160x128:1000:1:fine',
 )
 _SETTINGS = 'preset of the synthesis, or TOML file (see `babyseg-synth settings`)'
 
@@ -53,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     fit.add_argument(
         '--stage',
         action='append',
-        metavar='SPACING:XxYxZ:STEPS:BATCH',
+        metavar='SPACING:XxYxZ:STEPS:BATCH[:fine]',
         help=f'one stage, repeatable, coarse to fine (default: {" ".join(DEFAULT_STAGES)})',
     )
     fit.add_argument(
@@ -73,23 +78,69 @@ def build_parser() -> argparse.ArgumentParser:
     fit.add_argument('--threads', type=int, default=2, help='of the network (default: 2)')
     fit.add_argument('--workers', type=int, default=1, help='that draw images (default: 1)')
     fit.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
+    fit.add_argument(
+        '--precision',
+        choices=('auto', 'float32', 'bfloat16'),
+        default='auto',
+        help='of the network; auto is bfloat16 on GPUs and on CPUs with matrix units',
+    )
+    fit.add_argument(
+        '--checkpointing', action='store_true', help='less memory for a third more time'
+    )
+    fit.add_argument(
+        '--validate-every',
+        type=int,
+        default=0,
+        metavar='STEPS',
+        help='segment synthetic scans of the held-out children now and then, with a picture',
+    )
     fit.add_argument('--seed', type=int, default=0)
     fit.add_argument('--settings', default='default', metavar='NAME|FILE', help=_SETTINGS)
     fit.add_argument(
         '--include-held-out', action='store_true', help='train on the held-out children too'
     )
 
+    cases = argparse.ArgumentParser(add_help=False)
+    cases.add_argument('maps', type=Path, help='file that `prepare` wrote')
+    cases.add_argument('--model', default='default', help='name or file (default: default)')
+    cases.add_argument('--samples', type=int, default=20, help='of each child (default: 20)')
+    cases.add_argument('--scans', type=int, default=1, choices=(1, 2, 3, 4))
+    cases.add_argument('--seed', type=int, default=0)
+    cases.add_argument('--settings', default='default', metavar='NAME|FILE', help=_SETTINGS)
+    cases.add_argument('--one-side', action='store_true', help='without the mirrored pass')
     evaluate = commands.add_parser(
-        'evaluate', help='Dice on synthetic scans of the held-out children'
+        'evaluate', parents=[cases], help='Dice on synthetic scans of the held-out children'
     )
-    evaluate.add_argument('maps', type=Path, help='file that `prepare` wrote')
-    evaluate.add_argument('--model', default='default', help='name or file (default: default)')
-    evaluate.add_argument('--samples', type=int, default=20, help='of each child (default: 20)')
-    evaluate.add_argument('--scans', type=int, default=1, choices=(1, 2, 3, 4))
-    evaluate.add_argument('--seed', type=int, default=0)
-    evaluate.add_argument('--settings', default='default', metavar='NAME|FILE', help=_SETTINGS)
-    evaluate.add_argument('--one-side', action='store_true', help='without the mirrored pass')
     evaluate.add_argument('--out', type=Path, help='table to write (.tsv)')
+    calibrate = commands.add_parser(
+        'calibrate',
+        parents=[cases],
+        help='fit the temperature on the held-out children, and measure calibration on new scans',
+    )
+    calibrate.add_argument('--out', type=Path, help='calibrated model to write (.safetensors)')
+
+    tune = commands.add_parser(
+        'finetune',
+        help="adapt a model to a lab's own corrected label maps; refuses a result that is worse "
+        'on the built-in validation brains',
+    )
+    tune.add_argument(
+        '--corrections', type=Path, required=True, metavar='DIR', help='corrected *_dseg.nii.gz'
+    )
+    tune.add_argument('--out', type=Path, required=True, help='model to write (.safetensors)')
+    tune.add_argument('--model', default='default', help='to start from (default: default)')
+    tune.add_argument('--name', default='finetuned', help='recorded in the outputs')
+    tune.add_argument('--steps', type=int, default=500, help='default: 500')
+    tune.add_argument('--rate', type=float, default=2e-4, help='peak learning rate')
+    tune.add_argument('--samples', type=int, default=2, help='of each brain in the comparison')
+    tune.add_argument('--threads', type=int, default=2, help='of the network (default: 2)')
+    tune.add_argument('--workers', type=int, default=1, help='that draw images (default: 1)')
+    tune.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
+    tune.add_argument('--seed', type=int, default=0)
+    tune.add_argument('--settings', default='default', metavar='NAME|FILE', help=_SETTINGS)
+    tune.add_argument(
+        '-w', '--work-dir', type=Path, help='for checkpoints (default: beside --out)'
+    )
 
     export = commands.add_parser('export', help='write the averaged weights as a model file')
     export.add_argument('folder', type=Path, help='folder of `fit`')
@@ -110,6 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         'prepare': _prepare,
         'fit': _fit,
         'evaluate': _evaluate,
+        'calibrate': _calibrate,
+        'finetune': _finetune,
         'export': _export,
     }
     try:
@@ -143,6 +196,7 @@ def _prepare(args: argparse.Namespace) -> None:
 def _fit(args: argparse.Namespace) -> None:
     import torch
 
+    from babyseg_bids.network.device import cpu_prefers_bfloat16
     from babyseg_bids.network.weights import load_model
     from babyseg_bids.synthesis.maps import load_maps
     from babyseg_bids.synthesis.settings import load_settings
@@ -152,19 +206,43 @@ def _fit(args: argparse.Namespace) -> None:
     settings = load_settings(args.settings)
     if args.scan_shares:
         settings = replace(settings, group_shares=tuple(args.scan_shares))
-    plan = TrainingPlan(stages, seed=args.seed, rate=args.rate, synthesis=settings)
-    maps = load_maps(args.maps, exclude=() if args.include_held_out else HELD_OUT)
+    device = args.device
+    if 'RANK' in os.environ:  # Started by torchrun.
+        torch.distributed.init_process_group('nccl' if device == 'cuda' else 'gloo')
+        if device == 'cuda':
+            device = f'cuda:{os.environ["LOCAL_RANK"]}'
+            torch.cuda.set_device(device)
+    prefers = device.startswith('cuda') or cpu_prefers_bfloat16()
+    plan = TrainingPlan(
+        stages,
+        seed=args.seed,
+        rate=args.rate,
+        synthesis=settings,
+        bfloat16=args.precision == 'bfloat16' or (args.precision == 'auto' and prefers),
+        checkpointing=args.checkpointing,
+    )
+    everyone = load_maps(args.maps)
+    held_out = [m for m in everyone if m.name in HELD_OUT]
+    maps = everyone if args.include_held_out else [m for m in everyone if m.name not in HELD_OUT]
     torch.set_num_threads(args.threads)
-    trainer = Trainer(plan, args.out, device=args.device)
+    trainer = Trainer(plan, args.out, device=device)
     if args.start_from and trainer.step == 0:
         trainer.start_from(load_model(args.start_from).network.state_dict())
     print(f'{len(maps)} maps; step {trainer.step} of {plan.steps}', flush=True)
-    trainer.run(maps, workers=args.workers, stop=args.stop_at)
+    trainer.run(
+        maps,
+        workers=args.workers,
+        stop=args.stop_at,
+        validation=held_out,
+        validate_every=args.validate_every,
+    )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
-def _evaluate(args: argparse.Namespace) -> None:
-    from babyseg_bids.network.weights import load_model
-    from babyseg_bids.synthesis.evaluate import evaluate, summarise
+def _cases(args: argparse.Namespace, model: 'Model') -> Iterator['Case']:
+    """The cases that the options ask for."""
+    from babyseg_bids.synthesis.evaluate import held_out_cases
     from babyseg_bids.synthesis.maps import load_maps
     from babyseg_bids.synthesis.settings import load_settings
     from babyseg_bids.synthesis.train import HELD_OUT
@@ -173,8 +251,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     maps = [m for m in everyone if m.name in HELD_OUT]
     if not maps:
         raise InputError(f'{args.maps} holds none of the held-out maps {", ".join(HELD_OUT)}.')
-    model = load_model(args.model)
-    dice = evaluate(
+    return held_out_cases(
         model,
         maps,
         donors=[m for m in everyone if m.has_head],
@@ -184,9 +261,107 @@ def _evaluate(args: argparse.Namespace) -> None:
         settings=load_settings(args.settings),
         both_sides=not args.one_side,
     )
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from babyseg_bids.network.weights import load_model
+    from babyseg_bids.synthesis.evaluate import evaluate, summarise
+
+    dice = evaluate(_cases(args, load_model(args.model)))
     print(summarise(dice).to_string())
     if args.out:
         dice.to_csv(args.out, sep='\t', index=False, na_rep='n/a', float_format='%.4f')
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from babyseg_bids.network.weights import load_model, save_model
+    from babyseg_bids.synthesis.calibration import (
+        dice_pairs,
+        draw_voxels,
+        expected_error,
+        fit_temperature,
+        join,
+        review_coverage,
+    )
+
+    plain = replace(load_model(args.model), temperature=1.0)
+    fitted = join([draw_voxels(case) for case in _cases(args, plain)])
+    model = replace(plain, temperature=fit_temperature(fitted))
+    # What is measured was not fitted on.
+    args.seed += args.samples
+    before = join([draw_voxels(case) for case in _cases(args, plain)])
+    voxels, pairs = [], []
+    for case in _cases(args, model):
+        voxels.append(draw_voxels(case))
+        pairs += dice_pairs(case)
+    after = join(voxels)
+    predicted, true = np.array(pairs).T
+    print(f'temperature                       {model.temperature:.2f}')
+    print(f'expected calibration error before {expected_error(before):.3f}')
+    print(f'expected calibration error after  {expected_error(after):.3f}')
+    print(f'predicted minus true Dice, mean   {(predicted - true).mean():+.3f}')
+    print(f'predicted minus true Dice, |mean| {abs(predicted - true).mean():.3f}')
+    print(f'correlation of the two            {np.corrcoef(predicted, true)[0, 1]:.3f}')
+    print(review_coverage(after).round(3).to_string(index=False))
+    if args.out:
+        save_model(
+            args.out,
+            model.network,
+            name=model.name,
+            version=model.version,
+            spacing=model.spacing,
+            training=model.training,
+            temperature=model.temperature,
+        )
+
+
+def _finetune(args: argparse.Namespace) -> None:
+    import torch
+
+    from babyseg_bids.network.weights import load_model, save_model
+    from babyseg_bids.synthesis.finetune import TOLERANCE, finetune, read_corrections
+    from babyseg_bids.synthesis.settings import load_settings
+
+    torch.set_num_threads(args.threads)
+    model = load_model(args.model)
+    if model.official:
+        raise UsageError('The official checkpoint cannot be adapted here; start from our models.')
+    adapted, comparison = finetune(
+        model,
+        read_corrections(args.corrections),
+        args.work_dir or args.out.with_suffix('.work'),
+        steps=args.steps,
+        rate=args.rate,
+        seed=args.seed,
+        samples=args.samples,
+        settings=load_settings(args.settings),
+        workers=args.workers,
+        device=args.device,
+    )
+    print('mean Dice on synthetic scans of             before  after')
+    print(
+        'the corrections                             {:.3f}   {:.3f}'.format(
+            *comparison.corrections
+        )
+    )
+    print('the built-in validation brains              {:.3f}   {:.3f}'.format(*comparison.guards))
+    if comparison.worse:
+        raise InputError(
+            f'The adapted model lost more than {TOLERANCE} on the built-in validation brains and '
+            'was not written; use fewer steps, a lower --rate, or check the corrections.'
+        )
+    save_model(
+        args.out,
+        adapted.network,
+        name=args.name,
+        version=f'{model.name} {model.version}, adapted',
+        spacing=model.spacing,
+        training={**model.training, 'finetuned_steps': args.steps},
+        temperature=model.temperature,
+    )
+    print(f'{args.out}: written; use it with --model {args.out}')
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -199,8 +374,14 @@ def _export(args: argparse.Namespace) -> None:
     if not checkpoint.exists():
         raise InputError(f'{checkpoint} does not exist; train with `babyseg-train fit` first.')
     state = torch.load(checkpoint, map_location='cpu', weights_only=True)
-    network = GroupUNet(NetworkConfig(**state['network_config']))
-    network.load_state_dict(state['averaged'])
+    config = NetworkConfig(**state['network_config'])
+    weights = state['averaged']
+    if not any(stage.get('fine') for stage in state['stages']):
+        # A refinement that was never trained changes nothing but the voxel size.
+        config = replace(config, fine=())
+        weights = {k: v for k, v in weights.items() if not k.startswith('fine.')}
+    network = GroupUNet(config)
+    network.load_state_dict(weights)
     training = {'steps': state['step'], 'stages': state['stages']}
     save_model(
         args.out,

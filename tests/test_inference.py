@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 
 from babyseg_bids.errors import InputError, ModelError, UsageError
 from babyseg_bids.labels import label_table
-from babyseg_bids.network import Model, choose_device, load_model, segment
+from babyseg_bids.network import Model, choose_device, load_model, prediction, segment
 from babyseg_bids.network.grid import (
     foreground_box,
     from_grid,
@@ -15,9 +16,9 @@ from babyseg_bids.network.grid import (
     reference_box,
     working_grid,
 )
-from babyseg_bids.network.inference import predict, predict_either_way, remove_islands
 from babyseg_bids.network.intensity import normalise
-from babyseg_bids.network.unet import GroupUNet, NetworkConfig
+from babyseg_bids.network.prediction import predict, remove_islands
+from babyseg_bids.network.unet import CoarseResult, GroupUNet, NetworkConfig
 from babyseg_bids.network.weights import save_model
 
 CODES = [
@@ -25,7 +26,19 @@ CODES = [
 ]
 
 
-class SideNetwork(torch.nn.Module):
+class Stand(torch.nn.Module):
+    """A network without a refinement whose `forward` gives the logits."""
+
+    fine = None
+    config = NetworkConfig(labels=28, encoder=(1,) * 4, decoder=(1,) * 4)
+
+    def coarse(self, x):
+        logits = self(x)
+        weights = torch.full((*x.shape[:2], 1, *x.shape[2:]), 1 / x.shape[1])
+        return CoarseResult(logits, logits, weights)
+
+
+class SideNetwork(Stand):
     """Labels what is bright: left white matter left of the grid's middle, right on the right."""
 
     def forward(self, x):
@@ -39,6 +52,15 @@ class SideNetwork(torch.nn.Module):
         logits[:, table.index(2)] = torch.where(half, bright, -30.0)
         logits[:, table.index(41)] = torch.where(half, -30.0, bright)
         return logits
+
+
+def posteriors(x, model, **options):
+    """Posteriors (C, *size) of the whole grid."""
+    result = predict(x, model, **options)
+    whole = torch.zeros(len(label_table()), *x.shape[1:])
+    whole[0] = 1
+    whole[(slice(None), *result.box)] = result.posteriors
+    return whole
 
 
 @pytest.fixture
@@ -240,11 +262,11 @@ def test_a_network_that_prefers_one_side_is_balanced_by_the_mirrored_pass():
 
     model = Model('lopsided', '0', Lopsided(), label_table(), 2.0, 16, {})
     x = torch.rand(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
-    p = predict(x, model)
-    q = predict(x.flip(1), model)
+    p = posteriors(x, model)
+    q = posteriors(x.flip(1), model)
     mirror = torch.from_numpy(label_table().mirror_channels)
     torch.testing.assert_close(p, q.flip(1)[mirror])
-    assert not torch.allclose(predict(x, model, both_sides=False), p, atol=1e-3)
+    assert not torch.allclose(posteriors(x, model, both_sides=False), p, atol=1e-3)
 
 
 def test_bfloat16_agrees_with_float32(monkeypatch):
@@ -255,14 +277,13 @@ def test_bfloat16_agrees_with_float32(monkeypatch):
     results = []
     for half in (False, True):
         monkeypatch.setattr(
-            'babyseg_bids.network.inference.cpu_prefers_bfloat16', lambda h=half: h
+            'babyseg_bids.network.prediction.cpu_prefers_bfloat16', lambda h=half: h
         )
-        with torch.inference_mode():
-            results.append(predict(x, model))
+        results.append(posteriors(x, model))
     assert (results[0] - results[1]).abs().max() < 0.05
 
 
-class FrontNetwork(torch.nn.Module):
+class FrontNetwork(Stand):
     """Labels a bright head: left and right thalamus in the front quarter, putamen behind it."""
 
     def forward(self, x):
@@ -286,9 +307,98 @@ def test_a_head_that_faces_backwards_is_noticed_and_keeps_its_own_sides(backward
     x[:, :16] += 0.05  # The child's left is a little brighter.
     x += 0.01 * torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
     scans = x.flip(1, 2) if backwards else x
-    posteriors, turned = predict_either_way(scans, model)
-    assert turned is backwards
-    labels = label_table().indices[posteriors.argmax(0)]
+    result = predict(scans, model, either_way=True)
+    assert result.turned is backwards
+    labels = label_table().indices[result.channels(x.shape[1:])]
     assert scans[0][np.isin(labels, (10, 49))].min() > 0.85
     left = scans[0][labels == 12].mean()
     assert left > scans[0][labels == 51].mean() + 0.03
+
+
+@pytest.fixture
+def refined():
+    """A small random model whose refinement does something."""
+    torch.manual_seed(0)
+    config = NetworkConfig(
+        labels=28, encoder=(4, 4), decoder=(4, 4), head=(4,), attention=4, fine=(2, 4, 4)
+    )
+    network = GroupUNet(config).eval().requires_grad_(False)
+    for name, parameter in network.named_parameters():
+        if name.startswith(('fine.out', 'attention.score')):
+            torch.nn.init.normal_(parameter)
+    return Model('refined', '0', network, label_table(), 1.0, 8, {})
+
+
+@pytest.mark.parametrize('scans', [1, 3])
+def test_the_refinement_in_blocks_equals_the_whole(refined, scans, monkeypatch):
+    x = torch.rand(scans, 48, 40, 56)
+    whole = predict(x, refined)
+    monkeypatch.setattr('babyseg_bids.network.prediction._BLOCK', 8000)
+    blocks = predict(x, refined)
+    assert whole.box == blocks.box
+    torch.testing.assert_close(whole.posteriors, blocks.posteriors, atol=1e-5, rtol=0)
+    one_pass = predict(x, refined, both_sides=False).posteriors
+    with torch.inference_mode():
+        expected = refined.network(x[None])[0].softmax(0)
+    torch.testing.assert_close(one_pass, expected[(slice(None), *blocks.box)], atol=1e-5, rtol=0)
+
+
+def test_a_mirrored_head_gives_the_mirrored_result_with_a_refinement(refined):
+    x = torch.rand(2, 32, 32, 32)
+    mirror = torch.from_numpy(label_table().mirror_channels)
+    p, q = posteriors(x, refined), posteriors(x.flip(1), refined)
+    torch.testing.assert_close(p, q.flip(1)[mirror], atol=1e-5, rtol=0)
+
+
+def test_scan_weights_follow_their_scans(refined):
+    image, affine = phantom()
+    rng = np.random.default_rng(0)
+    scans = [(image + s * rng.random(image.shape, np.float32), affine) for s in (0, 50, 200)]
+    weights = segment(scans, refined, device='cpu').scan_weights
+    assert sum(weights) == pytest.approx(1)
+    assert len(set(weights)) == 3
+    swapped = segment([scans[0], scans[2], scans[1]], refined, device='cpu').scan_weights
+    assert swapped == pytest.approx((weights[0], weights[2], weights[1]), abs=1e-6)
+
+
+def test_the_temperature_softens_the_posteriors(refined):
+    x = torch.rand(1, 32, 32, 32)
+    hot = replace(refined, temperature=4.0)
+    assert posteriors(x, hot).max(0).values.mean() < posteriors(x, refined).max(0).values.mean()
+
+
+def test_the_unet_in_blocks_where_memory_is_short(monkeypatch):
+    class Local(Stand):
+        """Logits that depend on their own voxel alone: blocks must give the same."""
+
+        config = NetworkConfig(labels=28, encoder=(1,), decoder=(1,))
+
+        def forward(self, x):
+            steps = torch.arange(28.0).view(1, -1, 1, 1, 1)
+            return 9 * torch.cos(steps * x.mean(1, keepdim=True))
+
+    model = Model('local', '0', Local(), label_table(), 2.0, 2, {})
+    x = torch.rand(2, 40, 52, 34)
+    whole = posteriors(x, model)
+    monkeypatch.setattr('babyseg_bids.network.prediction._SMALLEST', 16)
+    monkeypatch.setattr('babyseg_bids.network.prediction._OVERLAP', 8)
+    monkeypatch.setattr('babyseg_bids.network.prediction.free_memory', lambda _: 0.01)
+    torch.testing.assert_close(posteriors(x, model), whole, atol=1e-5, rtol=0)
+
+
+def test_too_small_a_gpu_ends_on_the_cpu_and_says_so(refined, monkeypatch, caplog):
+    tried = []
+    real = prediction._predict
+
+    def small(scans, model, device, room, **options):
+        tried.append((device, room))
+        if device != 'cpu':
+            raise torch.OutOfMemoryError
+        return real(scans, model, device, room, **options)
+
+    monkeypatch.setattr(prediction, '_predict', small)
+    monkeypatch.setattr(prediction, 'free_memory', lambda _: 2.0)
+    result = predict(torch.rand(1, 16, 16, 16), refined, device='cuda:0')
+    assert tried == [('cuda:0', 2.0), ('cuda:0', 0.5), ('cpu', 2.0)]
+    assert result.device == 'cpu'
+    assert 'smaller blocks' in caplog.text and 'trying the CPU' in caplog.text

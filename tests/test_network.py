@@ -5,7 +5,13 @@ import torch
 
 from babyseg_bids.errors import ModelError
 from babyseg_bids.network.layers import GroupConv, InstanceNorm, concatenate, max_pool, upsample
-from babyseg_bids.network.unet import GroupUNet, NetworkConfig, official_network, rescale
+from babyseg_bids.network.unet import (
+    GroupUNet,
+    NetworkConfig,
+    official_config,
+    official_network,
+    rescale,
+)
 
 VECTORS = Path(__file__).parents[2] / 'shared' / 'vectors'
 needs_vectors = pytest.mark.skipif(not VECTORS.is_dir(), reason='no official vectors here')
@@ -141,3 +147,61 @@ def test_official_weights_give_the_official_outputs(file, pairs):
         for given, expected in pairs:
             difference = (network(vector[given]) - vector[expected]).abs().max()
             assert difference < 1e-5
+
+
+def test_without_anything_learnt_attention_is_the_plain_mean():
+    network = small(3, attention=4)
+    x = torch.randn(2, 3, 9, 4, 4, 4)
+    weights = network.attention(x)
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / 3))
+
+
+def test_attention_follows_its_scans_and_sums_to_one():
+    network = small(3, attention=4)
+    torch.nn.init.normal_(network.attention.score.weight)
+    x = torch.randn(1, 3, 9, 4, 4, 4)
+    weights = network.attention(x)
+    torch.testing.assert_close(weights.sum(1), torch.ones(1, 1, 4, 4, 4))
+    torch.testing.assert_close(network.attention(x[:, [2, 0, 1]]), weights[:, [2, 0, 1]])
+    assert weights.std(1).min() > 1e-4
+
+
+def test_an_untrained_refinement_gives_the_upsampled_logits():
+    network = small(3, fine=(2, 4))
+    x = torch.rand(1, 2, 16, 16, 16)
+    coarse = network.coarse(torch.nn.functional.avg_pool3d(x, 2)).logits
+    torch.testing.assert_close(network(x), upsample(coarse[:, None])[:, 0])
+
+
+def test_a_window_of_the_refinement_equals_that_part_of_the_whole():
+    network = small(3, fine=(2, 4, 4))
+    torch.nn.init.normal_(network.fine.out.conv_b.weight)
+    x = torch.rand(1, 2, 32, 32, 32)
+    part = network(x, window=(slice(2, 14),) * 3)
+    margin = 2 * network.fine.margin
+    inner = (..., *(slice(margin, -margin),) * 3)
+    torch.testing.assert_close(part[inner], network(x)[..., 4:28, 4:28, 4:28][inner])
+
+
+def test_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(2)
+        network = small(3, attention=4, fine=(2, 4))
+        network.checkpointing = checkpointing
+        network(torch.rand(1, 2, 16, 16, 16)).square().sum().backward()
+        gradients.append([p.grad for p in network.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(('dim', 'slab'), [(2, 64), (3, 1500)])
+def test_the_official_network_in_slabs_equals_the_whole(dim, slab, monkeypatch):
+    config = {'dim': dim, 'out': 5, 'enc': [1, 4], 'dec': [4, 4], 'add': [], 'rep': 2}
+    weights = GroupUNet(official_config(config)).state_dict()
+    network = official_network(config, weights)
+    x = torch.rand(1, 3, *[24] * dim)
+    whole = network(x)
+    monkeypatch.setattr('babyseg_bids.network.unet._SLAB', slab)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), whole)

@@ -1,6 +1,10 @@
+import socket
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from synthesis_phantoms import phantom
 
 from babyseg_bids.errors import InputError, UsageError
@@ -53,6 +57,9 @@ def test_hard_dice_counts_overlap():
 
 def test_stages_are_read_and_wrong_ones_named():
     assert Stage.parse('2.0:64x80x64:10:2') == Stage(2.0, (64, 80, 64), 10, 2)
+    assert Stage.parse('1.0:64x80x64:10:2:fine').fine
+    with pytest.raises(UsageError, match='coarse'):
+        Stage.parse('1.0:64x80x64:10:2:coarse')
     with pytest.raises(UsageError, match=r'2\.0:64:10'):
         Stage.parse('2.0:64:10')
 
@@ -62,6 +69,32 @@ def test_default_stages_fit_the_network_and_others_are_refused():
     assert TrainingPlan(stages).steps == sum(s.steps for s in stages)
     with pytest.raises(UsageError, match='40x48x40; the network needs multiples of 16'):
         TrainingPlan((Stage(4.0, (40, 48, 40), 1, 1),))
+
+
+def test_a_fine_stage_trains_the_refinement_and_needs_one(tmp_path):
+    stage = Stage(4.0, (16, 24, 16), 2, 1, fine=True)
+    with pytest.raises(UsageError, match='no refinement'):
+        TrainingPlan((stage,), network=NETWORK)
+    plan = TrainingPlan((stage,), network=replace(NETWORK, fine=(2, 4)), warmup=1)
+    trainer = Trainer(plan, tmp_path)
+    before = {k: v.clone() for k, v in trainer.network.state_dict().items()}
+    trainer.run([phantom(3)], workers=0)
+    changed = {k for k, v in trainer.network.state_dict().items() if not torch.equal(v, before[k])}
+    assert any(k.startswith('fine.scan') for k in changed)
+    assert any(k.startswith('enc.0') for k in changed)
+
+
+def test_a_training_may_start_from_a_model_that_lacks_layers(tmp_path):
+    first = Trainer(PLAN, tmp_path / 'a')
+    plan = replace(PLAN, network=replace(NETWORK, attention=4, fine=(2, 4)))
+    second = Trainer(plan, tmp_path / 'b')
+    second.start_from(first.network.state_dict())
+    for name, weight in first.network.state_dict().items():
+        assert torch.equal(second.averaged.state_dict()[name], weight)
+    with pytest.raises(InputError, match='do not fit'):
+        second.start_from({'enc.0.0.conv_b.weight': torch.zeros(1)})
+    with pytest.raises(InputError, match='another network'):
+        second.start_from({'other': torch.zeros(1)})
 
 
 def test_the_rate_warms_up_and_ends_at_zero():
@@ -93,6 +126,49 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path):
     assert resumed.step == whole.step == 8
     for a, b in zip(whole.averaged.parameters(), resumed.averaged.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_validation_writes_a_figure_and_a_picture(tmp_path):
+    trainer = Trainer(PLAN, tmp_path)
+    trainer.run([phantom(3)], workers=0, stop=4, validation=[phantom(3)], validate_every=2)
+    lines = (tmp_path / 'validation.csv').read_text().splitlines()
+    assert [line.split(',')[0] for line in lines] == ['step', '2', '4']
+    height, width, _ = imread(tmp_path / 'validation-000004.png').shape
+    assert (height, width) == (3 * 16, 3 * 16)
+
+
+def _train_beside(rank, folder, port):
+    """One of two processes of a training."""
+    torch.set_num_threads(1)
+    address = f'tcp://127.0.0.1:{port}'
+    torch.distributed.init_process_group('gloo', address, rank=rank, world_size=2)
+    trainer = Trainer(PLAN, folder / str(rank))
+    trainer.run([phantom(3)], workers=0, stop=2)
+    torch.save(trainer.network.state_dict(), folder / f'{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_of_one_training_see_other_samples_and_keep_the_same_weights(tmp_path):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(_train_beside, (tmp_path, port), nprocs=2)
+    a, b = (torch.load(tmp_path / f'{r}.pt', weights_only=True) for r in (0, 1))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name])
+    assert (tmp_path / '0' / 'checkpoint.pt').exists()
+    assert not (tmp_path / '1' / 'checkpoint.pt').exists()
+    batches = [SyntheticBatches([phantom(3)], PLAN, 0, 2, rank=r)[0][1] for r in (0, 1)]
+    assert not torch.equal(*batches)
+
+
+def test_bfloat16_trains_float32_weights(tmp_path):
+    trainer = Trainer(replace(PLAN, bfloat16=True), tmp_path)
+    loss, _ = trainer.train_step(*SyntheticBatches([phantom(3)], PLAN, 0, 1)[0])
+    plain = Trainer(PLAN, tmp_path / 'plain')
+    expected, _ = plain.train_step(*SyntheticBatches([phantom(3)], PLAN, 0, 1)[0])
+    assert loss == pytest.approx(expected, rel=0.02)
+    assert {p.dtype for p in trainer.network.parameters()} == {torch.float32}
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):

@@ -6,7 +6,7 @@ from voxel indices to world coordinates, RAS, mm.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import nibabel as nib
 import numpy as np
@@ -39,6 +39,20 @@ class WorkingGrid:
     affine: np.ndarray
     to_reference: tuple[tuple[int, float, float], ...]
     fades: bool = False
+
+    def part(self, box: Sequence[slice]) -> 'WorkingGrid':
+        """The grid of a box of this one."""
+        shift = np.eye(4)
+        shift[:3, 3] = [s.start for s in box]
+        return replace(
+            self,
+            size=tuple(s.stop - s.start for s in box),
+            affine=self.affine @ shift,
+            to_reference=tuple(
+                (along, scale, offset - box[along].start)
+                for along, scale, offset in self.to_reference
+            ),
+        )
 
 
 def foreground_box(x: np.ndarray, /) -> tuple[slice, slice, slice]:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from babyseg_bids.errors import InputError
-from babyseg_bids.network.device import choose_device, cpu_prefers_bfloat16
+from babyseg_bids.network.device import choose_device
 from babyseg_bids.network.grid import (
     WorkingGrid,
     foreground_box,
@@ -21,18 +20,11 @@ from babyseg_bids.network.grid import (
 )
 from babyseg_bids.network.intensity import normalise
 from babyseg_bids.network.official import conform
+from babyseg_bids.network.prediction import autocast, predict, remove_islands
 from babyseg_bids.network.weights import Model
 
 # A channel is interpolated only where it reaches this probability.
 _NEGLIGIBLE = 1e-3
-# Brain components smaller than this share of the largest are taken for false detections.
-_ISLAND_SHARE = 0.05
-# Structures in the middle of the brain, whose place tells front from back.
-_DEEP = (4, 10, 11, 12, 13, 14, 43, 49, 50, 51, 52)
-_DEEP_VOXELS = 50
-# How much better the turned head must fit; set on a few real scans with the first weights, where
-# the right direction fitted better by 0.07 to 0.55.
-_TURN_MARGIN = 0.05
 
 
 @dataclass(frozen=True)
@@ -46,10 +38,11 @@ class Segmentation:
     probabilities : (X, Y, Z, C) float16, or None
     soft_volumes : sum of a label's probabilities by FreeSurfer number, mm3
     confidence : mean probability inside each label; NaN where it is absent
-    scan_weights : share that each scan had in the result, in the order given
+    predicted_dice : of each label with the truth (see `predicted_dice`); NaN where it is absent
+    scan_weights : share that each scan had in the brain, in the order given; they sum to one
     device, seconds : where the network ran, and the time of the whole call
     turned : whether the head faces backwards in the world of its header (see
-        `predict_either_way`); the sides of the labels are then those of the child
+        `prediction.predict`); the sides of the labels are then those of the child
     """
 
     labels: np.ndarray
@@ -57,6 +50,7 @@ class Segmentation:
     probabilities: np.ndarray | None
     soft_volumes: dict[int, float]
     confidence: dict[int, float]
+    predicted_dice: dict[int, float]
     scan_weights: tuple[float, ...]
     device: str
     seconds: float
@@ -93,23 +87,30 @@ def segment(
     where = choose_device(device)
     image, affine = scans[0]
     turned = False
+    weights = np.full(len(scans), 1 / len(scans))
     with torch.inference_mode():
         if model.official:
             prepared, grid = conform(scans, device=where)
             posteriors = predict_official(prepared, model, device=where)
         else:
             prepared, grid = _prepare(scans, model, where)
-            posteriors, turned = predict_either_way(prepared, model, device=where)
+            order = _fixed_order(prepared)
+            result = predict(prepared[order], model, device=where, either_way=True)
+            posteriors, turned, where = result.posteriors, result.turned, result.device
+            grid = grid.part(result.box)
+            weights[order] = result.scan_weights.cpu().numpy()
             remove_islands(posteriors)
-        result = _to_reference(posteriors, grid, image.shape, affine, model, keep_probabilities)
-    labels, uncertainty, probabilities, volumes, confidence = result
+        labels, uncertainty, probabilities, volumes, confidence = _to_reference(
+            posteriors, grid, image.shape, affine, model, keep_probabilities
+        )
     return Segmentation(
         labels=labels,
         uncertainty=uncertainty,
         probabilities=probabilities,
         soft_volumes=volumes,
         confidence=confidence,
-        scan_weights=tuple(1 / len(scans) for _ in scans),
+        predicted_dice=_predicted_dice(labels, affine, volumes, confidence),
+        scan_weights=tuple(weights.tolist()),
         device=where,
         seconds=time.monotonic() - began,
         turned=turned,
@@ -128,25 +129,20 @@ def _prepare(
         multiple=model.multiple,
     )
     prepared = [normalise(onto_grid(_tensor(x, device), a, grid)) for x, a in scans]
-    return torch.stack(_in_fixed_order(prepared)), grid
+    return torch.stack(prepared), grid
 
 
-def _in_fixed_order(scans: Sequence[Tensor]) -> list[Tensor]:
+def _fixed_order(scans: Tensor) -> list[int]:
     """An order that makes the result independent of the order given, to the last bit."""
-    return sorted(scans, key=lambda x: (float(x.double().sum()), float(x.double().square().sum())))
+    keys = [(float(x.double().sum()), float(x.double().square().sum())) for x in scans]
+    return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 def predict_official(scans: Tensor, model: Model, /, *, device: str = 'cpu') -> Tensor:
     """Posteriors (C, *size) float32 of conformed scans (G, *size), as the official program's."""
     network = model.network.to(device, memory_format=torch.channels_last_3d)
-    with _autocast(device):
-        return network(torch.stack(_in_fixed_order(list(scans)))[None])[0].float()
-
-
-def _autocast(device: str) -> torch.autocast:
-    """bfloat16 where the processor gains from it: GPUs, and CPUs with matrix units."""
-    half = device.startswith('cuda') or (device == 'cpu' and cpu_prefers_bfloat16())
-    return torch.autocast(device.split(':')[0], torch.bfloat16, enabled=half)
+    with autocast(device):
+        return network(scans[_fixed_order(scans)][None])[0].float()
 
 
 def _check(scans: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
@@ -166,109 +162,33 @@ def _tensor(x: np.ndarray, device: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(device)
 
 
-def predict(
-    scans: Tensor, model: Model, /, *, device: str = 'cpu', both_sides: bool = True
-) -> Tensor:
-    """Posteriors (C, *size) float32 of prepared scans (G, *size) in 0..1, in RAS axes.
+def predicted_dice(confidence: float, hard: float, soft: float, /) -> float:
+    """Dice that a structure is expected to have with the truth, if probabilities are calibrated.
+
+    The expected overlap is the sum of the probabilities inside the label, the expected size of
+    the truth the sum of all: 2 * confidence * hard / (hard + soft).
 
     Parameters
     ----------
-    both_sides : average with the result of the mirrored scans, whose labels change sides. It
-        costs a second pass, and takes away the network's own preference for a side.
+    confidence : mean probability inside the label
+    hard, soft : size of the label, and sum of its probabilities, both in voxels or both in mm3
     """
-    network = model.network.to(device, memory_format=torch.channels_last_3d)
-    with _autocast(device):
-        posteriors = network(scans[None])[0].float().softmax(0)
-    if both_sides:
-        posteriors = (posteriors + mirrored_posteriors(scans, model, device=device)) / 2
-    return posteriors
+    return 2 * confidence * hard / (hard + soft)
 
 
-def predict_either_way(
-    scans: Tensor, model: Model, /, *, device: str = 'cpu'
-) -> tuple[Tensor, bool]:
-    """Posteriors as `predict` gives them, for a head that may face backwards.
-
-    A common mistake of conversion programs stores LPS data under a RAS header: the head is then
-    turned by 180 degrees about the vertical axis (a rotation, so that no side is mirrored). Both
-    directions are tried, and the one is taken in which the deep structures explain more of the
-    intensities; the header's direction needs no evidence.
-
-    Returns
-    -------
-    posteriors (C, *size), and whether the head was turned for them
-    """
-    ahead = predict(scans, model, device=device, both_sides=False)
-    back = predict(scans.flip(1, 2), model, device=device, both_sides=False).flip(1, 2)
-    gain = deep_fit(back, scans, model) - deep_fit(ahead, scans, model)
-    turned = gain > _TURN_MARGIN
-    posteriors = back if turned else ahead
-    posteriors += mirrored_posteriors(scans, model, turned=turned, device=device)
-    return posteriors.div_(2), turned
-
-
-def deep_fit(posteriors: Tensor, scans: Tensor, model: Model, /) -> float:
-    """Share of the intensity variance in the deep structures that their labels explain.
-
-    This is the correlation ratio (eta squared), averaged over scans; 0 where there is too little
-    to tell.
-
-    Parameters
-    ----------
-    posteriors : (C, *size)
-    scans : (G, *size)
-    """
-    labels = posteriors.argmax(0)
-    indices = model.labels.indices.tolist()
-    deep = [c for c, index in enumerate(indices) if index in _DEEP]
-    inside = torch.isin(labels, torch.tensor(deep, device=labels.device))
-    chosen = labels[inside]
-    if len(chosen) < _DEEP_VOXELS:
-        return 0.0
-    count = torch.bincount(chosen, minlength=len(indices)).clamp_min(1)
-    fits = []
-    for scan in scans:
-        values = scan[inside].double()
-        means = torch.bincount(chosen, values, len(indices)) / count
-        total = (values - values.mean()).square().sum()
-        rest = (values - means[chosen]).square().sum()
-        fits.append(float(1 - rest / total) if total > 0 else 0.0)
-    return sum(fits) / len(fits)
-
-
-def mirrored_posteriors(
-    scans: Tensor, model: Model, /, *, turned: bool = False, device: str = 'cpu'
-) -> Tensor:
-    """Posteriors (C, *size) by way of the mirrored scans, whose labels change sides back.
-
-    Parameters
-    ----------
-    turned : whether the head faces backwards
-    """
-    # Mirroring a turned head left to right leaves a flip from front to back alone.
-    axis = 2 if turned else 1
-    mirrored = predict(scans.flip(axis), model, device=device, both_sides=False).flip(axis)
-    return mirrored[torch.from_numpy(model.labels.mirror_channels).to(mirrored.device)]
-
-
-def remove_islands(posteriors: Tensor, /) -> None:
-    """Give small detached pieces of brain to the background, in place.
-
-    Parameters
-    ----------
-    posteriors : (C, *size), background first
-    """
-    brain = (posteriors[0] < 0.5).cpu().numpy()
-    components, count = ndimage.label(brain, np.ones((3, 3, 3)))
-    if count < 2:
-        return
-    sizes = np.bincount(components.ravel())
-    sizes[0] = 0
-    small = sizes < _ISLAND_SHARE * sizes.max()
-    small[0] = False
-    gone = torch.from_numpy(small[components]).to(posteriors.device)
-    posteriors[:, gone] = 0
-    posteriors[0, gone] = 1
+def _predicted_dice(
+    labels: np.ndarray,
+    affine: np.ndarray,
+    volumes: dict[int, float],
+    confidence: dict[int, float],
+) -> dict[int, float]:
+    voxel = float(abs(np.linalg.det(affine[:3, :3])))
+    numbers, counts = np.unique(labels, return_counts=True)
+    hard = dict(zip(numbers.tolist(), (counts * voxel).tolist(), strict=True))
+    return {
+        n: predicted_dice(confidence[n], hard[n], soft) if hard.get(n) else float('nan')
+        for n, soft in volumes.items()
+    }
 
 
 def _to_reference(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_MODULE: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_MEAN_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _LINEAR = {1: 'linear', 2: 'bilinear', 3: 'trilinear'}
 
 
@@ -110,6 +111,11 @@ class Activation(nn.Module):
 def max_pool(x: Tensor, /) -> Tensor:
     """Halve (B, G, C, *size) along every spatial dimension by the maximum of each 2-wide block."""
     return _MAX_POOL[x.ndim - 3](x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
+
+
+def halve(x: Tensor, /) -> Tensor:
+    """Halve scans (B, G, *size) along every spatial dimension by the mean of 2-wide blocks."""
+    return _MEAN_POOL[x.ndim - 2](x, 2)
 
 
 def upsample(x: Tensor, /) -> Tensor:

@@ -1,11 +1,13 @@
 """The group-convolution U-Net: any number of scans of one child in, label logits out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from babyseg_bids.errors import ModelError
 from babyseg_bids.network.layers import (
@@ -14,6 +16,7 @@ from babyseg_bids.network.layers import (
     InstanceNorm,
     ScanAttention,
     concatenate,
+    halve,
     max_pool,
     single_channel,
     upsample,
@@ -35,6 +38,8 @@ class NetworkConfig:
     dim : spatial dimensions
     norm : instance normalisation after each convolution but the last
     attention : hidden channels of the scans' learned weights; 0 for their plain mean
+    fine : channels of the `Refinement` that works at twice the resolution of all the rest: those
+        of each scan, then those of the layers after the merging; empty for none
     """
 
     labels: int
@@ -45,9 +50,10 @@ class NetworkConfig:
     dim: int = 3
     norm: bool = True
     attention: int = 0
+    fine: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ('encoder', 'decoder', 'head'):  # JSON gives lists.
+        for name in ('encoder', 'decoder', 'head', 'fine'):  # JSON gives lists.
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.encoder) != len(self.decoder):
             raise ModelError(
@@ -58,7 +64,7 @@ class NetworkConfig:
     @property
     def multiple(self) -> int:
         """Input sizes must be multiples of this many voxels."""
-        return 2 ** len(self.encoder)
+        return 2 ** (len(self.encoder) + bool(self.fine))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary, the arguments of this class."""
@@ -75,18 +81,93 @@ def _level(config: NetworkConfig, inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+@dataclass(frozen=True)
+class CoarseResult:
+    """What the U-Net knows before the refinement.
+
+    Parameters
+    ----------
+    features : (B, C, *size), the last before the logits
+    logits : (B, labels, *size)
+    weights : (B, G, 1, *size) of the scans; they sum to one over scans
+    """
+
+    features: Tensor
+    logits: Tensor
+    weights: Tensor
+
+    def window(self, box: Sequence[slice], /) -> 'CoarseResult':
+        """The same of a part of the volume."""
+        part = (..., *box)
+        return CoarseResult(self.features[part], self.logits[part], self.weights[part])
+
+
+class Refinement(nn.Module):
+    """Sharpens what the U-Net found with the scans at twice its resolution.
+
+    It is thin, and without normalisation over space, so that it may run on parts of a volume.
+
+    Parameters
+    ----------
+    dim : number of spatial dimensions, 1 to 3
+    features : channels of the U-Net's last features
+    widths : channels of each scan, then of the layers after the merging
+    labels : channels of the result
+    """
+
+    def __init__(self, dim: int, features: int, widths: Sequence[int], labels: int) -> None:
+        super().__init__()
+        own, *rest = widths
+        self.scan = GroupConv(dim, 1, own)
+        layers: list[nn.Module] = []
+        channels = features + own
+        for width in rest:
+            layers += [GroupConv(dim, channels, width), Activation()]
+            channels = width
+        self.mix = nn.Sequential(*layers)
+        # The refinement starts by changing nothing.
+        self.out = GroupConv(dim, channels, labels, kernel=1)
+        # How far the result depends on its neighbourhood, in voxels of the features.
+        self.margin = 1 + (len(rest) + 1) // 2
+        for parameter in self.out.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, coarse: CoarseResult) -> tuple[Tensor, Tensor]:
+        """What to add to the logits, and the U-Net's features, at the scans' size.
+
+        Parameters
+        ----------
+        x : (B, G, *size)
+        coarse : of half that size
+
+        Returns
+        -------
+        up-sampled features (B, 1, C, *size), additional logits (B, 1, labels, *size)
+        """
+        known = upsample(coarse.features.unsqueeze(1))
+        weights = upsample(coarse.weights)
+        own = F.elu(self.scan(single_channel(x)))
+        own = own if own.shape[1] == 1 else (weights * own).sum(1, keepdim=True)
+        return known, self.out(self.mix(concatenate(own, known)))
+
+
 class GroupUNet(nn.Module):
     """U-Net of group convolutions (BabySeg, arXiv 2512.05114).
 
     Encoder levels keep their output as skip connection and pool by 2. Decoder levels convolve,
-    up-sample and concatenate `[skip, up-sampled]`. At full resolution the scans are averaged, and
-    the head turns the average into logits. Without `norm` and `head` this is the published
-    network, with its parameter names.
+    up-sample and concatenate `[skip, up-sampled]`. At full resolution the scans are merged, and
+    the head turns the result into logits. Without `norm`, `head`, `attention` and `fine` this is
+    the published network, with its parameter names.
+
+    Parameters
+    ----------
+    checkpointing : recompute the levels' activations in the backward pass instead of keeping them
     """
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, *, checkpointing: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = checkpointing
         self.enc = nn.ModuleList()
         self.dec = nn.ModuleList()
         channels = 1
@@ -110,42 +191,101 @@ class GroupUNet(nn.Module):
         kernel = 1 if config.head else 3
         head.append(GroupConv(config.dim, channels, config.labels, kernel=kernel))
         self.add = nn.Sequential(*head)
+        self.fine = None
+        if config.fine:
+            self.fine = Refinement(config.dim, channels, config.fine, config.labels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, window: Sequence[slice] | None = None) -> Tensor:
         """Logits (B, labels, *size) of scans (B, G, *size) with values in 0..1.
+
+        Parameters
+        ----------
+        window : part of the volume that logits are wanted of, in voxels of the U-Net's own
+            resolution; None for all
 
         Raises
         ------
         ModelError
-            If a spatial size is not a multiple of `config.multiple`.
+            If a spatial size is not a multiple of what the U-Net pools.
         """
-        if any(s % self.config.multiple for s in x.shape[2:]):
+        coarse = self.coarse(halve(x) if self.fine else x)
+        if window is not None:
+            coarse = coarse.window(window)
+            step = 2 if self.fine else 1
+            x = x[(..., *(slice(step * w.start, step * w.stop) for w in window))]
+        return self.refine(x, coarse) if self.fine else coarse.logits
+
+    def coarse(self, x: Tensor) -> CoarseResult:
+        """Run the U-Net alone on scans (B, G, *size) of its own resolution.
+
+        Raises
+        ------
+        ModelError
+            If a spatial size is not a multiple of what the U-Net pools.
+        """
+        skip, x = self.levels(x)
+        x, weights = self._merge(concatenate(skip, upsample(x)))
+        features = self.add[:-1](x)
+        return CoarseResult(features.squeeze(1), self.add[-1](features).squeeze(1), weights)
+
+    def levels(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """All but the last step up, of scans (B, G, *size).
+
+        Returns
+        -------
+        the first level's features (B, G, C, *size), and the last decoder level's, half that size
+        """
+        multiple = 2 ** len(self.enc)
+        if any(s % multiple for s in x.shape[2:]):
             raise ModelError(
-                f'The network needs sizes that are multiples of {self.config.multiple}, '
+                f'The network needs sizes that are multiples of {multiple}, '
                 f'not {tuple(x.shape[2:])}; pad the scans first.'
             )
         x = single_channel(x)
         skips = []
         for level in self.enc:
-            x = level(x)
+            x = self._run(level, x)
             skips.append(x)
             x = max_pool(x)
-        for level in self.dec:
-            x = upsample(level(x))
+        for level in self.dec[:-1]:
+            x = upsample(self._run(level, x))
             x = concatenate(skips.pop(), x)
-        return self.add(self.merge(x)).squeeze(1)
+        return skips.pop(), self._run(self.dec[-1], x)
 
-    def merge(self, x: Tensor) -> Tensor:
-        """Features (B, 1, C, *size) of all scans from those of each (B, G, C, *size)."""
-        if x.shape[1] == 1:
-            return x
-        if self.attention is None:
-            return x.mean(1, keepdim=True)
-        return (self.attention(x) * x).sum(1, keepdim=True)
+    def refine(self, x: Tensor, coarse: CoarseResult) -> Tensor:
+        """Logits (B, labels, *size) of scans (B, G, *size) and what is known at half that size.
+
+        Every voxel depends on its neighbourhood alone, so that a volume may be done in parts;
+        `Refinement.margin` says how much the parts must overlap.
+        """
+        assert self.fine is not None
+        last: GroupConv = self.add[-1]  # type: ignore[assignment]
+        known, change = self.fine(x, coarse)
+        # Up-sampling and the last layer commute: it is cheaper to up-sample the few features.
+        return (last(known) + change).squeeze(1)
+
+    def _run(self, level: nn.Module, x: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            result: Tensor = checkpoint(level, x, use_reentrant=False)
+            return result
+        return level(x)  # type: ignore[no-any-return]
+
+    def _merge(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, 1, C, *size) of all scans from those of each, and the scans' weights."""
+        groups = x.shape[1]
+        if self.attention is None or groups == 1:
+            weights = x.new_full((x.shape[0], groups, 1, *x.shape[3:]), 1 / groups)
+            return (x if groups == 1 else x.mean(1, keepdim=True)), weights
+        weights = self.attention(x)
+        return (weights * x).sum(1, keepdim=True), weights
+
+
+# The last step of the official network runs on slabs of so many voxels; it is the largest.
+_SLAB = 1_000_000
 
 
 class _Posteriors(nn.Module):
-    """A network with a softmax, as the official one gives posteriors."""
+    """The official network with a softmax, as it gives posteriors."""
 
     def __init__(self, network: GroupUNet) -> None:
         super().__init__()
@@ -153,7 +293,26 @@ class _Posteriors(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Posteriors (B, labels, *size) of scans (B, G, *size) of any intensities."""
-        return self.network(rescale(x)).softmax(1)
+        skip, x = self.network.levels(rescale(x))
+        if torch.is_grad_enabled():
+            return self._last(skip, x).softmax(1)
+        depth, rest = skip.shape[3], skip[0, 0, 0, 0].numel()
+        step = 2 * max(1, _SLAB // (2 * rest))
+        out = skip.new_empty((skip.shape[0], self.network.config.labels, *skip.shape[3:]))
+        for start in range(0, depth, step):
+            stop = min(start + step, depth)
+            # Two voxels more on each side: one that the convolution sees, one for interpolation.
+            low, high = max(0, start - 4), min(depth, stop + 4)
+            part = self._last(skip[:, :, :, low:high], x[:, :, :, low // 2 : high // 2])
+            torch.softmax(part[:, :, start - low : stop - low], 1, out=out[:, :, start:stop])
+        return out
+
+    def _last(self, skip: Tensor, x: Tensor) -> Tensor:
+        """Logits (B, labels, *size) from what `GroupUNet.levels` gives."""
+        # The mean over scans commutes with up-sampling and joining, and there is less of it.
+        x = x.mean(1, keepdim=True)
+        merged = concatenate(skip.mean(1, keepdim=True), upsample(x))
+        return self.network.add(merged).squeeze(1)  # type: ignore[no-any-return]
 
 
 def rescale(x: Tensor, /, *, low: float = 0.01, high: float = 0.99) -> Tensor:

@@ -30,6 +30,7 @@ class Model:
     spacing : voxel size that it works at, mm
     multiple : its input sizes are multiples of this
     training : how it was trained
+    temperature : that logits are divided by before the softmax, so that posteriors are calibrated
     official : whether it is the official network, whose scans are prepared in its own way
     """
 
@@ -40,6 +41,7 @@ class Model:
     spacing: float
     multiple: int
     training: dict[str, Any]
+    temperature: float = 1.0
     official: bool = False
 
 
@@ -61,6 +63,7 @@ def save_model(
     version: str,
     spacing: float,
     training: dict[str, Any],
+    temperature: float = 1.0,
 ) -> None:
     """Write a network's weights as half-precision safetensors with its description."""
     description = {
@@ -70,6 +73,7 @@ def save_model(
         'config': network.config.to_dict(),
         'labels': label_table().indices.tolist(),
         'spacing': spacing,
+        'temperature': temperature,
         'training': training,
     }
     tensors = {k: v.detach().half().contiguous() for k, v in network.state_dict().items()}
@@ -126,6 +130,7 @@ def load_model(name: str | Path = 'default', /) -> Model:
         spacing=float(description['spacing']),
         multiple=network.config.multiple,
         training=description['training'],
+        temperature=float(description.get('temperature', 1)),
     )
 
 

@@ -1,0 +1,384 @@
+"""From prepared scans to posteriors on the working grid: tensors in, tensors out."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from babyseg_bids.network.device import cpu_prefers_bfloat16
+from babyseg_bids.network.layers import halve
+from babyseg_bids.network.unet import CoarseResult, GroupUNet
+from babyseg_bids.network.weights import Model
+from babyseg_bids.resources import GIB, memory_limit
+
+_LOG = logging.getLogger(__name__)
+
+Box = tuple[slice, slice, slice]
+
+# What is background by more than this is left out of the refinement.
+_SURE = 1 - 1e-3
+# Brain components smaller than this share of the largest are taken for false detections.
+_ISLAND_SHARE = 0.05
+# Structures in the middle of the brain, whose place tells front from back.
+_DEEP = (4, 10, 11, 12, 13, 14, 43, 49, 50, 51, 52)
+_DEEP_VOXELS = 50
+# How much better the turned head must fit; set on a few real scans with the first weights, where
+# the right direction fitted better by 0.07 to 0.55.
+_TURN_MARGIN = 0.05
+# Share of the free memory that the U-Net may plan with; images and libraries have the rest.
+_MEMORY_SHARE = 0.5
+# Blocks of the U-Net, where memory is short: smallest side and overlap, voxels of its grid.
+_SMALLEST = 64
+_OVERLAP = 32
+# The refinement runs on so many voxels at once; about half a kilobyte each.
+_BLOCK = 1_000_000
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Posteriors of one child.
+
+    Parameters
+    ----------
+    posteriors : (C, *box), float32, background first
+    box : part of the working grid that they cover; background is sure outside
+    scan_weights : (G,) share of each scan in the brain; they sum to one
+    turned : whether the head faces backwards in the grid (see `predict`)
+    device : where the network ran in the end
+    """
+
+    posteriors: Tensor
+    box: Box
+    scan_weights: Tensor
+    turned: bool
+    device: str = 'cpu'
+
+    def channels(self, size: Sequence[int]) -> Tensor:
+        """The likeliest channel of every voxel of the whole grid, int64 (*size)."""
+        labels = torch.zeros(tuple(size), dtype=torch.int64, device=self.posteriors.device)
+        labels[self.box] = self.posteriors.argmax(0)
+        return labels
+
+
+@dataclass(frozen=True)
+class _View:
+    """One look at the head: some axes flipped, of which an odd number swaps left and right."""
+
+    flips: tuple[int, ...]
+
+    @property
+    def mirrored(self) -> bool:
+        return len(self.flips) % 2 == 1
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Flip the last three axes of anything, there or back."""
+        return x.flip([a - 3 for a in self.flips]) if self.flips else x
+
+    def turn_box(self, box: Box, size: Sequence[int]) -> Box:
+        """Where a box of a volume lies in the flipped volume."""
+        return tuple(  # type: ignore[return-value]
+            slice(n - s.stop, n - s.start) if a in self.flips else s
+            for a, (s, n) in enumerate(zip(box, size, strict=True))
+        )
+
+
+_AHEAD, _AHEAD_MIRRORED = _View(()), _View((0,))
+# A turn by 180 degrees about the vertical axis flips two axes; mirroring it leaves one.
+_BACK, _BACK_MIRRORED = _View((0, 1)), _View((1,))
+
+
+def predict(
+    scans: Tensor,
+    model: Model,
+    /,
+    *,
+    device: str = 'cpu',
+    both_sides: bool = True,
+    either_way: bool = False,
+) -> Prediction:
+    """Posteriors of prepared scans (G, *size) in 0..1, in RAS axes.
+
+    Parameters
+    ----------
+    both_sides : average with the result of the mirrored scans, whose labels change sides. It
+        costs a second pass, and takes away the network's own preference for a side.
+    either_way : try a head that faces backwards, too. A common mistake of conversion programs
+        stores LPS data under a RAS header: the head is then turned by 180 degrees about the
+        vertical axis (a rotation, so that no side is mirrored). The direction is taken in which
+        the deep structures explain more of the intensities; the header's needs no evidence.
+
+    Where memory is short the U-Net runs on overlapping blocks with blended borders. When a GPU's
+    memory turns out to be too small, blocks are tried there, and then the CPU.
+    """
+    options = {'both_sides': both_sides, 'either_way': either_way}
+    room = free_memory(device)
+    if device == 'cpu':
+        return _predict(scans, model, device, room, **options)
+    for share in (1.0, 0.25):
+        try:
+            return _predict(scans, model, device, share * room, **options)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            _LOG.warning(
+                'The memory of %s (%.1f GiB free) is too small for this scan; trying %s.',
+                device,
+                room,
+                'smaller blocks' if share == 1 else 'the CPU',
+            )
+    return _predict(scans.cpu(), model, 'cpu', free_memory('cpu'), **options)
+
+
+def free_memory(device: str) -> float:
+    """Memory in GiB that the network may use on a device."""
+    if device.startswith('cuda'):
+        return float(torch.cuda.mem_get_info(device)[0] / GIB)
+    return memory_limit().amount
+
+
+@torch.inference_mode()
+def _predict(
+    scans: Tensor, model: Model, device: str, room: float, *, both_sides: bool, either_way: bool
+) -> Prediction:
+    """`predict` on one device with so many GiB of memory."""
+    network = model.network.to(device, memory_format=torch.channels_last_3d)
+    scans = scans.to(device)
+    with autocast(device):
+        small = halve(scans[None])[0] if network.fine else scans
+        limit = int(_MEMORY_SHARE * room * GIB / _bytes_a_voxel(model, len(scans)))
+        view = _AHEAD
+        result = _coarse(small, network, view, limit)
+        if either_way:
+            back = _coarse(small, network, _BACK, limit)
+            gain = deep_fit(_posteriors(back, _BACK, model), small, model)
+            gain -= deep_fit(_posteriors(result, view, model), small, model)
+            if gain > _TURN_MARGIN:
+                view, result = _BACK, back
+        results = {view: result}
+        if both_sides:
+            mirrored = _BACK_MIRRORED if view == _BACK else _AHEAD_MIRRORED
+            results[mirrored] = _coarse(small, network, mirrored, limit)
+        coarse = _mean([_posteriors(r, v, model) for v, r in results.items()])
+        box = _brain_box(coarse)
+        weights = _scan_weights(results, coarse)
+        if network.fine:
+            del coarse
+            posteriors = _refine(scans, results, box, model)
+            box = _doubled(box)
+        else:
+            posteriors = coarse[(slice(None), *box)].contiguous()
+    return Prediction(posteriors, box, weights, turned=view == _BACK, device=device)
+
+
+def autocast(device: str) -> torch.autocast:
+    """bfloat16 where the processor gains from it: GPUs, and CPUs with matrix units."""
+    half = device.startswith('cuda') or (device == 'cpu' and cpu_prefers_bfloat16())
+    return torch.autocast(device.split(':')[0], torch.bfloat16, enabled=half)
+
+
+def _bytes_a_voxel(model: Model, scans: int) -> int:
+    """Memory that the U-Net needs at its peak, bytes for each voxel of its grid."""
+    config = model.network.config
+    # At full size live the features of every scan, twice while they are joined, and the logits of
+    # up to three views.
+    width = 3 * scans * (config.encoder[0] + config.decoder[-1]) + 3 * config.labels
+    return 4 * width  # type: ignore[no-any-return]
+
+
+def _coarse(scans: Tensor, network: GroupUNet, view: _View, limit: int) -> CoarseResult:
+    """The U-Net's result on a view, in blocks if the volume has more voxels than `limit`."""
+    x = view.turn(scans)[None]
+    size = x.shape[2:]
+    multiple = 2 ** len(network.config.encoder)
+    blocks = list(_overlapping(size, limit, multiple))
+    if len(blocks) == 1:
+        return network.coarse(x)
+    total: list[Tensor] = []
+    weight = torch.zeros(size, device=x.device)
+    for block in blocks:
+        part = network.coarse(x[(..., *block)])
+        ramp = _ramp(block, size).to(x.device)
+        weight[block] += ramp
+        for i, values in enumerate((part.features, part.logits, part.weights)):
+            if len(total) <= i:
+                total.append(values.new_zeros((*values.shape[:-3], *size)))
+            total[i][(..., *block)] += values * ramp
+    return CoarseResult(*(t.div_(weight) for t in total))
+
+
+def _overlapping(size: Sequence[int], limit: int, multiple: int) -> Iterator[Box]:
+    """Blocks of at most `limit` voxels (but at least `_SMALLEST` a side) that cover a volume."""
+    length = list(size)
+    while length[0] * length[1] * length[2] > limit:
+        axis = max(range(3), key=length.__getitem__)
+        shorter = max(_SMALLEST, multiple * int(0.75 * length[axis] / multiple))
+        if shorter >= length[axis]:
+            break
+        length[axis] = shorter
+    starts = []
+    for n, width in zip(size, length, strict=True):
+        step = max(multiple, (width - _OVERLAP) // multiple * multiple)
+        first = list(range(0, n - width, step))
+        starts.append([*first, n - width])
+    for corner in product(*starts):
+        yield tuple(slice(c, c + n) for c, n in zip(corner, length, strict=True))  # type: ignore[misc]
+
+
+def _ramp(block: Box, size: Sequence[int]) -> Tensor:
+    """Weights that rise from the block's inner faces over the overlap, and never reach zero."""
+    ramp = torch.ones(())
+    for s, n in zip(block, size, strict=True):
+        length = s.stop - s.start
+        index = torch.arange(length, dtype=torch.float32)
+        low = (index + 1) / _OVERLAP if s.start else torch.ones(length)
+        high = (length - index) / _OVERLAP if s.stop < n else torch.ones(length)
+        ramp = ramp[..., None] * torch.minimum(low, high).clamp_max(1)
+    return ramp
+
+
+def _posteriors(result: CoarseResult, view: _View, model: Model) -> Tensor:
+    """(C, *size) of the unflipped volume."""
+    return _unflip(result.logits[0], view, model)
+
+
+def _unflip(logits: Tensor, view: _View, model: Model) -> Tensor:
+    """Posteriors (C, *size) in the scans' own axes and sides from a view's logits."""
+    p = view.turn((logits.float() / model.temperature).softmax(0))
+    if view.mirrored:
+        p = p[torch.from_numpy(model.labels.mirror_channels).to(p.device)]
+    return p
+
+
+def _mean(tensors: list[Tensor]) -> Tensor:
+    total = tensors[0]
+    for x in tensors[1:]:
+        total = total.add_(x)
+    return total.div_(len(tensors))
+
+
+def _scan_weights(results: dict[_View, CoarseResult], posteriors: Tensor) -> Tensor:
+    """Mean weight of each scan (G,) over the brain."""
+    brain = 1 - posteriors[0]
+    total = sum(
+        (view.turn(r.weights[0, :, 0].float()) * brain).sum((1, 2, 3), dtype=torch.float64)
+        for view, r in results.items()
+    )
+    assert isinstance(total, Tensor)
+    whole = total.sum()
+    return total / whole if whole > 0 else torch.full_like(total, 1 / len(total))
+
+
+def _brain_box(posteriors: Tensor) -> Box:
+    """Box around all that is not surely background, two voxels wider; empty if there is none."""
+    box = []
+    inside = posteriors[0] < _SURE
+    for axis, n in enumerate(inside.shape):
+        first, second = (a for a in (2, 1, 0) if a != axis)
+        used = inside.any(first).any(second).nonzero()
+        low, high = (int(used[0]), int(used[-1])) if len(used) else (0, 0)
+        box.append(slice(max(0, low - 2), min(n, high + 3)))
+    return tuple(box)  # type: ignore[return-value]
+
+
+def _doubled(box: Box) -> Box:
+    return tuple(slice(2 * s.start, 2 * s.stop) for s in box)  # type: ignore[return-value]
+
+
+def _refine(scans: Tensor, results: dict[_View, CoarseResult], box: Box, model: Model) -> Tensor:
+    """Posteriors (C, *box at full size), the mean over the views, block by block."""
+    network: GroupUNet = model.network  # type: ignore[assignment]
+    size = results[next(iter(results))].logits.shape[2:]
+    shape = [2 * (s.stop - s.start) for s in box]
+    out = torch.empty((len(model.labels), *shape), device=scans.device)
+    assert network.fine is not None
+    for inner, outer in _blocks(box, size, margin=network.fine.margin):
+        target = _within(inner, outer)
+        wide = [2 * (s.stop - s.start) for s in outer]
+        parts = []
+        for view, result in results.items():
+            x = view.turn(scans[(slice(None), *_doubled(outer))])
+            logits = network.refine(x[None], result.window(view.turn_box(outer, size)))[0]
+            logits = logits[(slice(None), *view.turn_box(target, wide))]
+            parts.append(_unflip(logits, view, model))
+        out[(slice(None), *_within(inner, box))] = _mean(parts)
+    return out
+
+
+def _within(inner: Box, outer: Box) -> Box:
+    """Where a box lies in a box that holds it, at twice the resolution."""
+    return tuple(  # type: ignore[return-value]
+        slice(2 * (i.start - o.start), 2 * (i.stop - o.start))
+        for i, o in zip(inner, outer, strict=True)
+    )
+
+
+def _blocks(box: Box, size: Sequence[int], *, margin: int) -> Iterator[tuple[Box, Box]]:
+    """Cut a box of the U-Net's grid into blocks, each with the margin that the result needs."""
+    lengths = [s.stop - s.start for s in box]
+    longest = max(range(3), key=lengths.__getitem__)
+    if 8 * lengths[0] * lengths[1] * lengths[2] > _BLOCK and lengths[longest] > 4 * margin:
+        middle = box[longest].start + lengths[longest] // 2
+        for part in (slice(box[longest].start, middle), slice(middle, box[longest].stop)):
+            yield from _blocks(
+                (*box[:longest], part, *box[longest + 1 :]),  # type: ignore[arg-type]
+                size,
+                margin=margin,
+            )
+        return
+    outer = tuple(
+        slice(max(0, s.start - margin), min(n, s.stop + margin))
+        for s, n in zip(box, size, strict=True)
+    )
+    yield box, outer  # type: ignore[misc]
+
+
+def deep_fit(posteriors: Tensor, scans: Tensor, model: Model, /) -> float:
+    """Share of the intensity variance in the deep structures that their labels explain.
+
+    This is the correlation ratio (eta squared), averaged over scans; 0 where there is too little
+    to tell.
+
+    Parameters
+    ----------
+    posteriors : (C, *size)
+    scans : (G, *size)
+    """
+    labels = posteriors.argmax(0)
+    indices = model.labels.indices.tolist()
+    deep = [c for c, index in enumerate(indices) if index in _DEEP]
+    inside = torch.isin(labels, torch.tensor(deep, device=labels.device))
+    chosen = labels[inside]
+    if len(chosen) < _DEEP_VOXELS:
+        return 0.0
+    count = torch.bincount(chosen, minlength=len(indices)).clamp_min(1)
+    fits = []
+    for scan in scans:
+        values = scan[inside].double()
+        means = torch.bincount(chosen, values, len(indices)) / count
+        total = (values - values.mean()).square().sum()
+        rest = (values - means[chosen]).square().sum()
+        fits.append(float(1 - rest / total) if total > 0 else 0.0)
+    return sum(fits) / len(fits)
+
+
+def remove_islands(posteriors: Tensor, /) -> None:
+    """Give small detached pieces of brain to the background, in place.
+
+    Parameters
+    ----------
+    posteriors : (C, *size), background first
+    """
+    brain = (posteriors[0] < 0.5).cpu().numpy()
+    components, count = ndimage.label(brain, torch.ones(3, 3, 3).numpy())
+    if count < 2:
+        return
+    sizes = torch.from_numpy(components).flatten().bincount()
+    sizes[0] = 0
+    small = sizes < _ISLAND_SHARE * sizes.max()
+    small[0] = False
+    gone = small[torch.from_numpy(components).long()].to(posteriors.device)
+    posteriors[:, gone] = 0
+    posteriors[0, gone] = 1

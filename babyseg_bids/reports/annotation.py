@@ -13,7 +13,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     'rank': {'Description': '1 is the session to correct first'},
     'participant_id': {'Description': 'Participant, with its prefix sub-'},
     'session_id': {'Description': 'Session, with its prefix ses-; n/a in datasets without'},
-    'score': {'Description': '(uncertainty + novelty) / 2 * diversity, from 0 to 1'},
+    'score': {'Description': '(uncertainty + novelty) / 2 * diversity when it was chosen, 0 to 1'},
     'uncertainty': {
         'Description': "Share of the cohort's sessions with a lower mean uncertainty, 0 to 1"
     },

@@ -286,6 +286,14 @@ def source_dataset(bids_dir: Path, /) -> dict[str, str]:
     return {**source, 'DOI': doi} if isinstance(doi, str) and doi else source
 
 
+def _text_of(path: Path) -> bytes | None:
+    """A file as it is; None where it is absent or unreadable, which discovery has told."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
 def write_dataset_files(settings: Settings, methods: str, /) -> None:
     """Write the files that describe the output folder as a BIDS derivative dataset.
 
@@ -310,7 +318,14 @@ def write_dataset_files(settings: Settings, methods: str, /) -> None:
         },
     }
     descriptions = ''.join(f'desc-{k}\t{v}\n' for k, v in DESCRIPTIONS.items())
+    # The group level joins them to the volumes, when the dataset itself may be gone.
+    kept = {
+        f'logs/{name}': text
+        for name in ('participants.tsv', 'participants.json')
+        if (text := _text_of(settings.bids_dir / name)) is not None
+    }
     files = {
+        **kept,
         'dataset_description.json': json.dumps(description, indent=2) + '\n',
         '.bidsignore': '\n'.join(IGNORED) + '\n',
         'README.md': README.format(version=__version__),

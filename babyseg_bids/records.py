@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Severity = Literal['info', 'warning', 'severe']
+# Beside a run's logs: what became of the sessions that have no results.
+VERDICTS_FILE = 'verdicts.json'
 SEVERITIES: tuple[Severity, ...] = ('severe', 'warning', 'info')
 
 

@@ -6,10 +6,14 @@ import pytest
 from report_phantoms import WARNING, publish
 from test_reports import check_page
 
+from babyseg_bids.cli.verdicts import Verdict, record_verdicts
 from babyseg_bids.errors import NoInputError
 from babyseg_bids.records import Flag
+from babyseg_bids.reports import files
 from babyseg_bids.reports.group import write_group
+from babyseg_bids.reports.people import RATINGS_FILE
 from babyseg_bids.reports.subject import write_subject_report
+from babyseg_bids.settings import Settings
 
 
 def rows(path):
@@ -152,6 +156,108 @@ def test_writing_again_gives_the_same_tables_and_leaves_no_drafts(tmp_path):
     write_group(tmp_path)
     assert first == {p.name: p.read_bytes() for p in tmp_path.glob('group_*')}
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith('.')] == []
+
+
+def test_a_session_far_from_the_curve_is_named_with_its_reason(tmp_path):
+    for number in range(14):
+        scale = 1 + number / 20 + 0.02 * (-1) ** number
+        publish(tmp_path, f'{number:02d}', 'A', months=number, scale=scale)
+    publish(tmp_path, '20', 'A', months=6.0, scale=2.6)
+    write_group(tmp_path)
+    table = {r['participant_id']: r for r in rows(tmp_path / 'group_desc-babyseg_qc.tsv')}
+    assert 'Segmented brain +98 %' in table['sub-20']['outliers']
+    assert [p for p, r in table.items() if r['outliers'] != 'n/a'] == ['sub-20']
+    page = check_page(tmp_path / 'group.html')
+    assert len([c for c in page.all('circle') if c.get('class') == 'outlier']) == 7
+    ratings = 'participant_id\tsession_id\trating\nsub-20\tses-A\texclude\n02\tA\tmaybe\n'
+    (tmp_path / RATINGS_FILE).write_text(ratings)
+    write_group(tmp_path)
+    words = check_page(tmp_path / 'group.html').words
+    assert 'ratings that are not accept, review or exclude: sub-02_ses-A (maybe)' in words
+    ranked = rows(tmp_path / 'group_desc-babyseg_annotation.tsv')
+    assert 'sub-20' not in {r['participant_id'] for r in ranked}
+
+
+def test_few_sessions_have_no_curve(tmp_path):
+    publish(tmp_path)
+    write_group(tmp_path)
+    words = check_page(tmp_path / 'group.html').words
+    assert 'curve needs at least 12 sessions' in words
+
+
+def test_covariates_are_joined_though_the_dataset_is_gone(tmp_path):
+    publish(tmp_path, '01', 'A')
+    publish(tmp_path, '02', 'A')
+    (tmp_path / 'logs').mkdir()
+    text = 'participant_id\tsex\tage_months\nsub-01\tF\t5\n03\tM\tn/a\n'
+    (tmp_path / 'logs' / 'participants.tsv').write_text(text)
+    about = {'sex': {'Description': 'Sex at birth', 'Levels': {'F': 'female'}}}
+    (tmp_path / 'logs' / 'participants.json').write_text(json.dumps(about))
+    write_group(tmp_path, tmp_path / 'gone')
+    one, two = rows(tmp_path / 'group_desc-babyseg_morph.tsv')
+    assert (one['sex'], one['age_months'], one['participants_age_months']) == ('F', '6', '5')
+    assert two['sex'] == 'n/a'
+    dictionary = json.loads((tmp_path / 'group_desc-babyseg_morph.json').read_text())
+    assert dictionary['sex'] == about['sex']
+    words = check_page(tmp_path / 'group.html').words
+    assert 'sub-03 missing Listed in participants.tsv' in words
+
+
+def test_failed_sessions_are_listed_until_they_succeed(tmp_path):
+    publish(tmp_path, '01', 'A')
+    settings = Settings(bids_dir=tmp_path, output_dir=tmp_path, level='participant')
+    verdicts = [
+        Verdict('sub-01_ses-A', 'failed', 'Out of memory.'),
+        Verdict('sub-02', 'no usable image', 'No scan.'),
+        Verdict('sub-03', 'done'),
+    ]
+    record_verdicts(verdicts, settings)
+    write_group(tmp_path)
+    words = check_page(tmp_path / 'group.html').words
+    assert 'sub-02 no usable image No scan.' in words
+    assert 'Out of memory' not in words
+    assert not (tmp_path / 'sub-03').exists()
+
+
+def test_what_would_teach_most_is_unsure_unlike_others_and_not_twice_the_same(tmp_path):
+    for number in range(30):
+        folder = publish(tmp_path, f'{number:02d}', 'A', months=number / 2, scale=1 + number / 30)
+        unsure = 0.5 if number in (4, 5, 25) else 0.1 + number / 1000
+        qc = json.dumps({'mean_uncertainty': unsure, 'mean_confidence': 1 - unsure})
+        next(folder.glob('*_qc.json')).write_text(qc)
+    write_group(tmp_path)
+    ranked = rows(tmp_path / 'group_desc-babyseg_annotation.tsv')
+    assert [int(r['rank']) for r in ranked] == list(range(1, 31))
+    order = [int(r['participant_id'].removeprefix('sub-')) for r in ranked]
+    assert order[0] == 4
+    # As unsure as the first, and like it.
+    assert order.index(5) > 5
+    assert order.index(25) < min(order.index(24), order.index(26))
+    scores = [float(r['score']) for r in ranked]
+    assert scores[0] == max(scores)
+    assert min(scores) >= 0
+
+
+def test_only_new_and_changed_sessions_are_read_again(tmp_path, monkeypatch):
+    publish(tmp_path, '01', 'A')
+    changed = publish(tmp_path, '02', 'A')
+    write_group(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.glob('group_*')}
+    seen = []
+    read = files._read_files
+    monkeypatch.setattr(files, '_read_files', lambda *a: seen.append(a[1]) or read(*a))
+    write_group(tmp_path)
+    assert seen == []
+    assert before == {p.name: p.read_bytes() for p in tmp_path.glob('group_*')}
+    publish(tmp_path, '03', 'A')
+    next(changed.glob('*_qc.json')).write_text('{"mean_confidence": 0.25}')
+    write_group(tmp_path)
+    assert seen == ['02', '03']
+    table = rows(tmp_path / 'group_desc-babyseg_qc.tsv')
+    assert [r['mean_confidence'] for r in table] == ['0.9', '0.25', '0.9']
+    (tmp_path / 'logs' / 'group_index.json.gz').write_bytes(b'broken')
+    write_group(tmp_path)
+    assert len(seen) == 5
 
 
 def test_a_hundred_sessions_take_seconds(tmp_path):

@@ -9,7 +9,7 @@ from babyseg_bids.settings import Settings
 
 
 def run_group(settings: Settings, /) -> int:
-    """Gather what is in the output folder; the raw data are not needed.
+    """Gather what is in the output folder; the raw data need not be there any more.
 
     Raises
     ------
@@ -26,6 +26,6 @@ def run_group(settings: Settings, /) -> int:
     with scratch_folder(settings):
         from babyseg_bids.reports.group import write_group
 
-        write_group(settings.output_dir)
+        write_group(settings.output_dir, settings.bids_dir)
     error_console().print(f'Group tables and page: {settings.output_dir / "group.html"}')
     return 0

@@ -11,7 +11,7 @@ from babyseg_bids.cli import checks
 from babyseg_bids.cli.environment import prepare_environment
 from babyseg_bids.cli.progress import duration, error_console
 from babyseg_bids.cli.scratch import scratch_folder
-from babyseg_bids.cli.verdicts import Fate, conclude, judge, stamp
+from babyseg_bids.cli.verdicts import Fate, conclude, judge, record_verdicts, stamp
 from babyseg_bids.errors import NoInputError
 from babyseg_bids.records import SessionInputs
 from babyseg_bids.settings import Settings
@@ -59,7 +59,9 @@ def _run(settings: Settings, out: Console) -> int:
     sessions, fates, before = _segment_all(search, settings, out)
     if all(fate == messages.SKIPPED for fate in fates.values()):
         out.print(messages.NOTHING_TO_DO)
-    return conclude(sessions, judge(sessions, fates, before, settings), settings, out)
+    verdicts = judge(sessions, fates, before, settings)
+    record_verdicts(verdicts, settings)
+    return conclude(sessions, verdicts, settings, out)
 
 
 def check(settings: Settings, out: Console, /) -> None:

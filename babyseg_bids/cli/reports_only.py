@@ -104,10 +104,7 @@ def report_data(
             labels=output / names.image('desc-aseg_dseg.nii.gz'),
             uncertainty=output / names.image('desc-uncertainty_probseg.nii.gz'),
             figures_dir=figures,
-            transforms=tuple(
-                {**{k: v for k, v in a.items() if k != 'matrix'}, 'scan': _label(a['scan'])}
-                for a in ledger['alignments']
-            ),
+            transforms=tuple({**a, 'scan': _label(a['scan'])} for a in ledger['alignments']),
             scan_weights=tuple(w for w in ledger['scan_weights'] if w > 0),
             model=ledger['model'],
             device=ledger['device'],

@@ -1,5 +1,6 @@
 """What became of each session, judged by the files that exist, and the exit code that follows."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -10,7 +11,7 @@ from rich.console import Console
 from babyseg_bids import messages
 from babyseg_bids.cli.crashes import Crash, read_crashes, session_of
 from babyseg_bids.errors import NoInputError
-from babyseg_bids.records import SessionInputs
+from babyseg_bids.records import VERDICTS_FILE, SessionInputs
 from babyseg_bids.settings import Settings
 
 Fate = Literal['done', 'failed', 'no usable image', 'done before', 'to do']
@@ -86,6 +87,21 @@ def _judge_one(
         return Verdict(session.name, 'failed', reason, crash.file)
     reason = messages.NOT_RUN if settings.stop_on_first_crash else messages.NO_REASON
     return Verdict(session.name, 'failed', reason)
+
+
+def record_verdicts(verdicts: Sequence[Verdict], settings: Settings, /) -> None:
+    """Leave what became of sessions without results beside their logs, for the group level."""
+    from babyseg_bids.reports.files import write_atomic
+
+    wrong = [v for v in verdicts if v.fate in (messages.FAILED, messages.NO_IMAGE)]
+    for subject in sorted({v.name.split('_')[0] for v in wrong}):
+        content = [
+            {'name': v.name, 'fate': v.fate, 'reason': v.reason}
+            for v in wrong
+            if v.name.split('_')[0] == subject
+        ]
+        path = settings.output_dir / subject / 'log' / settings.run_uuid / VERDICTS_FILE
+        write_atomic(path, json.dumps(content, indent=2) + '\n')
 
 
 def conclude(

@@ -395,7 +395,7 @@ class ReportSession(SimpleInterface):
         qc = json.loads(Path(self.inputs.qc).read_text())
         flags = tuple(Flag(**f) for f in qc.pop('flags'))
         transforms = [
-            {'scan': scan.label, **{k: v for k, v in asdict(a).items() if k != 'matrix'}}
+            {'scan': scan.label, **asdict(a)}
             for scan, a in zip(given.scans[1:], alignments, strict=True)
         ]
         folder = Path(runtime.cwd)

@@ -4,12 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 WIDTH, HEIGHT = 420, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 42
 # More written names than this hide each other; the pointer then shows them.
 NAMED_POINTS = 24
+# More points than this are drawn as one path: as elements of their own they would slow the page.
+LINKED_POINTS = 300
 # Height of a line of names, and width of a letter, in the chart's units.
 LINE, LETTER = 11, 5.4
 
@@ -27,6 +27,9 @@ class Point:
     name: str
     href: str = ''
     flagged: bool = False
+    # Why the point is far from the curve, and the number of its row in the table of sessions.
+    outlier: str = ''
+    row: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,35 @@ class Chart:
     lines: tuple[str, ...]
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
-    curve: str = ''
     width: int = WIDTH
     height: int = HEIGHT
     frame: tuple[int, int, int, int] = (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM)
+    # The cohort's curve, and the band of twice its spread.
+    curve: str = ''
+    band: str = ''
+
+    @property
+    def crowded(self) -> bool:
+        """Whether the points are drawn as paths."""
+        return len(self.marks) > LINKED_POINTS
+
+    @property
+    def dots(self) -> list[tuple[str, str, str]]:
+        """Paths of the points: class, path data, and the table rows of the points in order."""
+        kinds: dict[str, list[Mark]] = {'dots': [], 'dots flagged': [], 'dots outlier': []}
+        for mark in self.marks:
+            point = mark.point
+            kind = ' outlier' if point.outlier else ' flagged' if point.flagged else ''
+            kinds[f'dots{kind}'].append(mark)
+        return [
+            (
+                kind,
+                ''.join(f'M{m.x:g} {m.y:g}h0' for m in marks),
+                ' '.join(str(m.point.row) for m in marks),
+            )
+            for kind, marks in kinds.items()
+            if marks
+        ]
 
 
 def ticks(low: float, high: float, /, number: int = 5) -> list[float]:
@@ -98,34 +126,33 @@ def _label_place(
     return None
 
 
-def _curve(
-    curve: Callable[[np.ndarray], np.ndarray], points: Sequence[Point]
-) -> list[tuple[float, float]]:
-    """Points of a curve over the ages shown and one year around them, where it is defined."""
-    low, high = min(p.x for p in points), max(p.x for p in points)
-    x = np.linspace(max(low - 12, 0), high + 12, 60)
-    return [(float(a), float(b)) for a, b in zip(x, curve(x), strict=True) if np.isfinite(b)]
-
-
 def growth_chart(
     title: str,
     unit: str,
     points: Sequence[Point],
     x_title: str,
-    curve: Callable[[np.ndarray], np.ndarray] | None = None,
+    curve: Sequence[tuple[float, float]] = (),
+    spread: float = 0.0,
 ) -> Chart | None:
     """Lay out a chart of values against age; None without points.
 
     Parameters
     ----------
-    curve : a cohort's value at ages (N,); NaN where it is not defined
+    curve : (age, value) of the cohort's curve
+    spread : of log(value / curve); the band is twice it, and there is none without it
     """
     if not points:
         return None
     points = sorted(points, key=lambda p: (p.series, p.x, p.name))
-    behind = _curve(curve, points) if curve else []
-    x_marks, x_place = _scale([p.x for p in points] + [x for x, _ in behind], LEFT, WIDTH - RIGHT)
-    y_marks, y_place = _scale([p.y for p in points] + [y for _, y in behind], HEIGHT - BOTTOM, TOP)
+    x_marks, x_place = _scale([p.x for p in points], LEFT, WIDTH - RIGHT)
+    y_marks, y_place = _scale([p.y for p in points], HEIGHT - BOTTOM, TOP)
+
+    def line_of(pairs: Sequence[tuple[float, float]]) -> str:
+        kept = [(x, min(max(y, y_marks[0]), y_marks[-1])) for x, y in pairs]
+        return ' '.join(f'{x_place(x):.1f},{y_place(y):.1f}' for x, y in kept)
+
+    above = [(x, y * math.exp(2 * spread)) for x, y in curve]
+    below = [(x, y * math.exp(-2 * spread)) for x, y in reversed(curve)]
     places = [(round(x_place(p.x), 1), round(y_place(p.y), 1)) for p in points]
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
     marks = []
@@ -145,7 +172,8 @@ def growth_chart(
         summary=f'{title} against age: {len(points)} sessions, {low:.4g} to {high:.4g} {unit}.',
         marks=tuple(marks),
         lines=tuple(lines),
-        curve=' '.join(f'{x_place(x):.1f},{y_place(y):.1f}' for x, y in behind),
         x_ticks=tuple((round(x_place(v), 1), f'{v:g}') for v in x_marks),
         y_ticks=tuple((round(y_place(v), 1), f'{v:g}') for v in y_marks),
+        curve=line_of(curve),
+        band=line_of([*above, *below]) if spread else '',
     )

@@ -5,7 +5,9 @@ All pictures are in neurological convention: the child's left is on the left.
 """
 
 import io
-from dataclasses import dataclass
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
 from babyseg_bids.labels import LabelTable, label_table
 from babyseg_bids.qc import bounding_box, crop
@@ -26,11 +29,16 @@ GEOMETRY = {
 }
 MARGIN_MM = 6.0
 # Slices stay within this part of the brain's extent: its ends show little.
-EXTENT = (0.1, 0.9)
+EXTENT = (0.06, 0.94)
+# A slice that shows this share of one structure more is not worth leaving an even spread.
+LITTLE_GAIN = 0.05
 # Pixels of a finished picture; outlines are drawn at twice that and reduced, which smooths them.
 MONTAGE_WIDTH = 1480
 OVERSAMPLE = 2
 GAP = 6
+# Width of what is shown around one place, and of its picture in each plane.
+PLACE_MM = 44.0
+PLACE_PIXELS = 200
 # Cortex and white matter are everywhere: filling them would only veil the scan.
 FILL_OPACITY = 0.2
 UNFILLED_TISSUES = ('white-matter', 'cortex')
@@ -53,6 +61,8 @@ class Volume:
     labels: np.ndarray
     uncertainty: np.ndarray | None
     affine: np.ndarray
+    # The session's other scans on the same grid, by name.
+    others: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def zooms(self) -> np.ndarray:
@@ -89,6 +99,24 @@ def load_volume(image: Path, labels: Path, uncertainty: Path | None = None) -> V
     )
 
 
+def add_scan(volume: Volume, name: str, path: Path, matrix: np.ndarray, /) -> Volume:
+    """Add another scan of the session, resampled linearly to the volume's grid.
+
+    Parameters
+    ----------
+    matrix : (4, 4) ndarray
+        World of that scan to world of the reference, RAS mm (see `alignment.Alignment`).
+    """
+    image: Any = nib.load(path)
+    data = np.asanyarray(image.dataobj)
+    data = np.nan_to_num(data.reshape(data.shape[:3]).astype(np.float32), posinf=0, neginf=0)
+    to_voxel = np.linalg.inv(np.asarray(matrix, float) @ image.affine) @ volume.affine
+    moved = ndimage.affine_transform(
+        data, to_voxel[:3, :3], to_voxel[:3, 3], volume.labels.shape, order=1
+    )
+    return replace(volume, others={**volume.others, name: moved})
+
+
 def grey_range(image: np.ndarray, labels: np.ndarray, /) -> tuple[float, float]:
     """Grey values to show as black and white: quantiles inside the brain, with some room."""
     values = image[labels > 0]
@@ -99,13 +127,51 @@ def grey_range(image: np.ndarray, labels: np.ndarray, /) -> tuple[float, float]:
     return float(low), float(max(high + room, low + 1e-6))
 
 
+def slice_areas(labels: np.ndarray, axis: int, /) -> np.ndarray:
+    """Voxels of each structure in each slice along an axis: (structures, slices)."""
+    known, numbers = np.unique(labels, return_inverse=True)
+    slices = labels.shape[axis]
+    place = np.arange(slices).reshape([-1 if a == axis else 1 for a in range(3)])
+    cells = numbers.reshape(labels.shape) * slices + place
+    counts = np.bincount(cells.ravel(), minlength=len(known) * slices)
+    return counts.reshape(len(known), slices)[known > 0]
+
+
 def slice_positions(labels: np.ndarray, axis: int, number: int, /) -> list[int]:
-    """Slices spread evenly over the brain's extent along an axis."""
-    others = tuple(a for a in range(3) if a != axis)
-    hits = np.flatnonzero((labels > 0).any(axis=others))
+    """Slices that show every structure as large as can be, spread over the brain's extent.
+
+    The extent is divided evenly, and each part gives the slice that adds most to the sum, over
+    the structures, of the largest share of its greatest area that any slice shows. Parts that add
+    nothing give their middle.
+    """
+    areas = slice_areas(labels, axis)
+    hits = np.flatnonzero(areas.any(axis=0))
     first, last = (hits[0], hits[-1]) if hits.size else (0, labels.shape[axis] - 1)
-    places = first + np.linspace(*EXTENT, number) * (last - first)
-    return [int(round(p)) for p in places]
+    ends = first + np.array(EXTENT) * (last - first)
+    borders = np.linspace(*ends, number + 1)
+    shares = areas / np.maximum(areas.max(axis=1, keepdims=True), 1) if areas.size else areas
+    shown = np.zeros(len(shares))
+    places: dict[int, int] = {}
+    # Slices near a border of two parts would stand beside a neighbour that shows the same.
+    room = (borders[1] - borders[0]) * 0.2
+    parts = [
+        np.unique(np.linspace(a + room, b - room, 9).round().astype(int))
+        for a, b in itertools.pairwise(borders)
+    ]
+    # The part that has most to show chooses first, so that its neighbours show something else.
+    for _ in range(number):
+        best = (0.0, -1, 0)
+        for part in set(range(number)) - set(places):
+            gain = np.maximum(shares[:, parts[part]] - shown[:, None], 0).sum(axis=0)
+            if gain.size and gain.max() > best[0]:
+                best = (float(gain.max()), part, int(parts[part][gain.argmax()]))
+        gain_of_best, part, index = best
+        if gain_of_best < LITTLE_GAIN:
+            break
+        places[part] = index
+        shown = np.maximum(shown, shares[:, index])
+    middles = (borders[:-1] + borders[1:]) / 2
+    return sorted(places.get(part, round(middles[part])) for part in range(number))
 
 
 def cut(array: np.ndarray, plane: str, index: int, /) -> np.ndarray:
@@ -225,19 +291,22 @@ def _annotate(picture: Image.Image, volume: Volume, layout: Layout) -> None:
         voxel = centre.copy()
         voxel[axis] = index
         mm = (volume.affine @ [*voxel, 1])[axis]
-        text = f'{"xyz"[axis]} = {mm:+.0f} mm'
+        text = f'{"xyz"[axis]} = {round(mm):+d} mm'
         if plane == 'sagittal':
             # The side of a sagittal slice is told relative to the middle of the brain.
             text = f'{"left" if index < centre[0] else "right"}, {text}'
         draw.text((left + 6, top + height - 4), text, CAPTION, _font(16), anchor='ls', **outlined)
 
 
-def draw_scan(volume: Volume, layout: Layout, /, brightness: float = 1.0) -> Image.Image:
-    """The slices in grey, with their annotations."""
-    low, high = grey_range(volume.image, volume.labels)
+def draw_scan(
+    volume: Volume, layout: Layout, /, brightness: float = 1.0, image: np.ndarray | None = None
+) -> Image.Image:
+    """The slices of the reference, or of another `image` on its grid, with annotations."""
+    image = volume.image if image is None else image
+    low, high = grey_range(image, volume.labels)
     picture = Image.new('RGB', layout.size, BACKGROUND)
     for plane, index, left, top, width, height in layout.tiles:
-        grey = np.clip((cut(volume.image, plane, index) - low) / (high - low), 0, 1)
+        grey = np.clip((cut(image, plane, index) - low) / (high - low), 0, 1)
         tile = _resize(
             (grey * 255 * brightness).astype(np.uint8), (width, height), Image.Resampling.BICUBIC
         )
@@ -300,6 +369,45 @@ def draw_uncertainty(volume: Volume, layout: Layout, threshold: float, /) -> Ima
         layer = Image.fromarray(tile, 'RGBA')
         picture.paste(layer, (left, top), layer)
     _annotate(picture, volume, layout)
+    return picture
+
+
+def draw_place(
+    volume: Volume, voxel: tuple[int, int, int], table: LabelTable | None = None
+) -> Image.Image:
+    """The three planes through one voxel, close by, with outlines and a cross at the voxel."""
+    half = np.maximum(np.round(PLACE_MM / 2 / volume.zooms).astype(int), 1)
+    padded = [(int(h), int(h)) for h in half]
+    box = tuple(slice(int(v), int(v + 2 * h + 1)) for v, h in zip(voxel, half, strict=True))
+    # Padded first, so that the voxel stays in the middle at the border of the volume too.
+    low, high = grey_range(volume.image, volume.labels)
+    near = replace(
+        volume,
+        image=np.pad(volume.image, padded, constant_values=low)[box],
+        labels=np.pad(volume.labels, padded)[box],
+    )
+    size = (PLACE_PIXELS, PLACE_PIXELS)
+    tiles = []
+    for place, plane in enumerate(PLANES):
+        index = int(half[GEOMETRY[plane][0]])
+        tiles.append((plane, index, place * (PLACE_PIXELS + GAP), 0, *size))
+    width = 3 * PLACE_PIXELS + 2 * GAP
+    layout = Layout(tuple(tiles), (width, PLACE_PIXELS), PLACE_PIXELS / PLACE_MM)
+    picture = Image.new('RGB', layout.size, BACKGROUND)
+    for plane, index, left, top, *_ in tiles:
+        grey = np.clip((cut(near.image, plane, index) - low) / (high - low), 0, 1)
+        tile = _resize((grey * 255).astype(np.uint8), size, Image.Resampling.BICUBIC)
+        picture.paste(Image.fromarray(tile), (left, top))
+    picture = blend(picture, draw_labels(near, layout, table))
+    draw = ImageDraw.Draw(picture)
+    for plane, _, left, top, *_ in tiles:
+        letters = GEOMETRY[plane][3]
+        draw.text((left + 4, top + 2), letters[0], LETTER, _font(16))
+        draw.text((left + PLACE_PIXELS - 4, top + 2), letters[1], LETTER, _font(16), anchor='ra')
+        x, y = left + PLACE_PIXELS // 2, top + PLACE_PIXELS // 2
+        for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+            arm = (x + 7 * dx, y + 7 * dy, x + 18 * dx, y + 18 * dy)
+            draw.line(arm, LETTER, 2)
     return picture
 
 

@@ -1,17 +1,19 @@
 """Reading derivatives and writing pages: nothing here knows how a page looks."""
 
 import csv
+import gzip
 import json
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from babyseg_bids import __version__
 from babyseg_bids.errors import OutputError
 from babyseg_bids.files import natural_key
 from babyseg_bids.morphometry import MEASURES, MISSING
@@ -20,6 +22,10 @@ from babyseg_bids.records import SEVERITIES, Age, Flag, Severity
 MORPH_PATTERN = '*_desc-babyseg_morph.tsv'
 LEDGER_PATTERN = '*_desc-inputs_ledger.json'
 QC_PATTERN = '*_desc-babyseg_qc.json'
+PATTERNS = (LEDGER_PATTERN, MORPH_PATTERN, QC_PATTERN)
+# Changes when the content of the index does.
+INDEX_VERSION = f'{__version__} 1'
+LEDGER_KEPT = ('scans', 'ledger', 'inputs', 'outputs', 'model', 'version', 'device', 'seconds')
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes, /) -> None:
@@ -165,19 +171,54 @@ def _one(files: list[Path], space: str | None = None) -> Path | None:
     return min(chosen or files, default=None)
 
 
-def read_session(folder: Path, /, subject: str, session: str | None) -> Derivative | None:
-    """Read a session's `anat` folder; None where it holds nothing of a session."""
+def _session_files(folder: Path, stem: str) -> dict[str, list[os.DirEntry[str]]]:
+    """The records in a session's folder by the end of their names."""
+    found: dict[str, list[os.DirEntry[str]]] = {p: [] for p in PATTERNS}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            for pattern, some in found.items():
+                if entry.name.endswith(pattern[1:]) and entry.name.startswith(f'{stem}_'):
+                    some.append(entry)
+    return found
+
+
+def read_session(
+    folder: Path, /, subject: str, session: str | None, index: 'Index | None' = None
+) -> Derivative | None:
+    """Read a session's `anat` folder; None where it holds nothing of a session.
+
+    Parameters
+    ----------
+    index : of what was read before; a session whose files have not changed is taken from it
+    """
     stem = f'sub-{subject}' + (f'_ses-{session}' if session else '')
-    ledger_path = _one(list(folder.glob(stem + LEDGER_PATTERN)))
+    entries = _session_files(folder, stem)
+    if not entries[LEDGER_PATTERN] and not entries[MORPH_PATTERN]:
+        return None
+    stamp = ''
+    if index is not None:
+        stats = ((e.name, e.stat()) for some in entries.values() for e in some)
+        stamp = ' '.join(sorted(f'{n}:{s.st_size}:{s.st_mtime_ns}' for n, s in stats))
+        known = index.get(stem, stamp)
+        if known is not None:
+            return known
+    paths = {pattern: [Path(e.path) for e in some] for pattern, some in entries.items()}
+    record = _read_files(paths, subject, session)
+    if index is not None:
+        index.put(record, stamp)
+    return record
+
+
+def _read_files(paths: Mapping[str, list[Path]], subject: str, session: str | None) -> Derivative:
+    """Read a session from its record files by pattern."""
+    ledger_path = _one(paths[LEDGER_PATTERN])
     ledger, problem = _read_json(ledger_path)
     scans = ledger.get('scans')
     first = scans[0] if isinstance(scans, list) and scans else None
     space = first.get('suffix') if isinstance(first, dict) else None
-    morph_path = _one(list(folder.glob(stem + MORPH_PATTERN)), space)
-    if ledger_path is None and morph_path is None:
-        return None
+    morph_path = _one(paths[MORPH_PATTERN], space)
     measures, trouble = _read_measures(morph_path)
-    qc, qc_trouble = _read_json(_one(list(folder.glob(stem + QC_PATTERN))))
+    qc, qc_trouble = _read_json(_one(paths[QC_PATTERN]))
     flags = unique_flags([*_as_flags(ledger.get('flags')), *_as_flags(qc.get('flags'))])
     if ledger_path is None:
         problem = 'no ledger: the session was not completed'
@@ -194,8 +235,82 @@ def read_session(folder: Path, /, subject: str, session: str | None) -> Derivati
     )
 
 
-def collect(out_dir: Path, /, subject: str | None = None) -> list[Derivative]:
-    """All sessions of an output folder (or of one subject), in natural order."""
+class Index:
+    """What was read of each session, kept in a file between runs of the group level.
+
+    An index of another version, or one that cannot be read, counts as empty.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.used: dict[str, Any] = {}
+        self.fresh = 0
+        try:
+            content = json.loads(gzip.decompress(path.read_bytes()))
+            self.known = content['sessions'] if content['version'] == INDEX_VERSION else {}
+        except (OSError, ValueError, KeyError, TypeError, EOFError):
+            self.known = {}
+
+    def get(self, name: str, stamp: str) -> Derivative | None:
+        """A session as it was read, if its files are still the same."""
+        entry = self.known.get(name)
+        if entry is None or entry['stamp'] != stamp:
+            return None
+        self.used[name] = entry
+        values = entry['record']
+        return Derivative(
+            subject=values['subject'],
+            session=values['session'],
+            age=Age(**values['age']),
+            # JSON has text as keys.
+            measures={
+                column: dict(zip(values['indices'][column], numbers, strict=True))
+                for column, numbers in values['measures'].items()
+            },
+            qc=values['qc'],
+            ledger=values['ledger'],
+            flags=tuple(Flag(*f) for f in values['flags']),
+            problem=values['problem'],
+        )
+
+    def put(self, record: Derivative, stamp: str) -> None:
+        """Remember a session. Of its ledger only what the group level shows is kept."""
+        self.fresh += 1
+        ledger = {k: record.ledger[k] for k in LEDGER_KEPT if k in record.ledger}
+        ledger['outputs'] = [
+            o for o in ledger.get('outputs') or () if str(o).endswith('_dseg.nii.gz')
+        ]
+        values = {
+            'subject': record.subject,
+            'session': record.session,
+            'age': asdict(record.age),
+            'indices': {c: list(v) for c, v in record.measures.items()},
+            'measures': {c: list(v.values()) for c, v in record.measures.items()},
+            'qc': {k: v for k, v in record.qc.items() if not isinstance(v, (dict, list))},
+            'ledger': ledger,
+            'flags': [[f.code, f.severity, f.message] for f in record.flags],
+            'problem': record.problem,
+        }
+        self.used[record.name] = {'stamp': stamp, 'record': values}
+
+    def save(self) -> None:
+        """Write what was used, unless nothing has changed."""
+        if self.fresh or len(self.used) != len(self.known):
+            content = {'version': INDEX_VERSION, 'sessions': self.used}
+            text = json.dumps(content, separators=(',', ':'))
+            write_atomic(self.path, gzip.compress(text.encode(), 1, mtime=0))
+
+
+def collect(
+    out_dir: Path, /, subject: str | None = None, index: Path | None = None
+) -> list[Derivative]:
+    """All sessions of an output folder (or of one subject), in natural order.
+
+    Parameters
+    ----------
+    index : file that remembers what was read, so that the next call reads what is new
+    """
+    known = Index(index) if index else None
     found = []
     for folder in sorted(out_dir.glob(f'sub-{subject or "*"}'), key=lambda p: natural_key(p.name)):
         name = folder.name.removeprefix('sub-')
@@ -204,6 +319,8 @@ def collect(out_dir: Path, /, subject: str | None = None) -> list[Derivative]:
         places += [(p / 'anat', p.name.removeprefix('ses-')) for p in sessions]
         for place, session in places:
             if place.is_dir():
-                record = read_session(place, name, session)
+                record = read_session(place, name, session, known)
                 found += [record] if record else []
+    if known:
+        known.save()
     return found

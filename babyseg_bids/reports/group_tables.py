@@ -1,7 +1,8 @@
 """The group's tables: wide, one row a session, the same columns whatever was found."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from babyseg_bids.labels import Label, LabelTable
@@ -75,6 +76,16 @@ KEYS: dict[str, dict[str, str]] = {
     'session_id': {'Description': 'Session, with its prefix ses-; n/a in datasets without'},
     'age_months': {'Description': 'Age at scan since birth', 'Units': 'month'},
 }
+RATING: dict[str, dict[str, Any]] = {
+    'rating': {
+        'Description': 'What a person decided on the group page',
+        'Levels': {
+            'accept': 'use the session',
+            'review': 'look at it again',
+            'exclude': 'do not use it; it takes no part in the curves of the cohort',
+        },
+    },
+}
 RUN_COLUMNS: dict[str, dict[str, str]] = {
     'gestational_age_weeks': {
         'Description': 'Gestational or post-menstrual age at scan where no age since birth is '
@@ -88,6 +99,8 @@ RUN_COLUMNS: dict[str, dict[str, str]] = {
     'flags_warning': {'Description': 'Number of warnings'},
     'flags_info': {'Description': 'Number of remarks'},
     'flags': {'Description': 'Codes of the flags'},
+    'outliers': {'Description': "Measures far from the cohort's curve against age, and how far"},
+    'rating_comment': {'Description': 'What that person wrote'},
     'problem': {'Description': 'What is missing or unreadable in the derivatives'},
     'model': {'Description': 'Name and version of the network'},
     'version': {'Description': 'Version of babyseg'},
@@ -122,9 +135,17 @@ def keys(record: Derivative, /) -> dict[str, Any]:
     }
 
 
-def morph_dictionary(table: LabelTable, /) -> dict[str, dict[str, Any]]:
-    """All columns of the volumes table in order, with their descriptions."""
-    columns: dict[str, dict[str, Any]] = dict(KEYS)
+def morph_dictionary(
+    table: LabelTable, covariates: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> dict[str, dict[str, Any]]:
+    """All columns of the volumes table in order, with their descriptions.
+
+    Parameters
+    ----------
+    covariates : columns of the participants' table, which follow the session's name
+    """
+    columns: dict[str, dict[str, Any]] = {**KEYS, **RATING}
+    columns |= {name: dict(about) for name, about in covariates.items()}
     columns['segmented_brain_volume_mm3'] = QC_COLUMNS['segmented_brain_volume_mm3']
     for tissue in dict.fromkeys(row.tissue for row in table.structures):
         text = f'{spoken_tissue(tissue)}: sum of the soft volumes of its structures'
@@ -137,9 +158,16 @@ def morph_dictionary(table: LabelTable, /) -> dict[str, dict[str, Any]]:
     return columns
 
 
-def morph_row(record: Derivative, table: LabelTable, /) -> dict[str, Any]:
-    """One session's volumes by column; what was not found has no entry."""
-    row = keys(record)
+def morph_row(
+    record: Derivative, table: LabelTable, /, more: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """One session's volumes by column; what was not found has no entry.
+
+    Parameters
+    ----------
+    more : the session's rating and covariates
+    """
+    row = {**keys(record), **more}
     volumes = record.volumes
     if volumes:
         row['segmented_brain_volume_mm3'] = f'{sum(volumes.values()):.3f}'
@@ -157,17 +185,35 @@ def morph_row(record: Derivative, table: LabelTable, /) -> dict[str, Any]:
     return row
 
 
-def qc_dictionary() -> dict[str, dict[str, Any]]:
+def further_measures(records: Sequence[Derivative], /) -> list[str]:
+    """Single numbers and words in the quality records beyond `QC_COLUMNS`, in order of name."""
+    names = {k for r in records for k, v in r.qc.items() if isinstance(v, (int, float, str))}
+    return sorted(names - set(QC_COLUMNS))
+
+
+def qc_dictionary(further: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """All columns of the quality table in order, with their descriptions."""
-    return {**KEYS, **RUN_COLUMNS, **QC_COLUMNS}
+    more = {k: {'Description': f"{k} as in the session's quality record"} for k in further}
+    return {**KEYS, **RATING, **RUN_COLUMNS, **QC_COLUMNS, **more}
 
 
 def _plain(value: Any) -> Any:
     return f'{value:.6g}' if isinstance(value, float) else value
 
 
-def qc_row(record: Derivative, /) -> dict[str, Any]:
-    """One session's quality by column."""
+def qc_row(
+    record: Derivative,
+    /,
+    more: Mapping[str, Any] = MappingProxyType({}),
+    further: Sequence[str] = (),
+) -> dict[str, Any]:
+    """One session's quality by column.
+
+    Parameters
+    ----------
+    more : the session's rating and what is far from the cohort's curves
+    further : measures of the quality records beyond `QC_COLUMNS`
+    """
     ledger = record.ledger
     scans = [s for s in ledger.get('scans') or () if isinstance(s, dict)]
     fates: Sequence[Any] = ledger.get('ledger') or ()
@@ -185,5 +231,6 @@ def qc_row(record: Derivative, /) -> dict[str, Any]:
         'flags': ','.join(dict.fromkeys(f.code for f in record.flags)),
         'problem': record.problem,
         **{k: _plain(ledger.get(k)) for k in ('model', 'version', 'device', 'seconds')},
-        **{k: _plain(record.qc.get(k)) for k in QC_COLUMNS},
+        **{k: _plain(record.qc.get(k)) for k in (*QC_COLUMNS, *further)},
+        **more,
     }

@@ -11,18 +11,28 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from babyseg_bids.citation import BIBLIOGRAPHY
 from babyseg_bids.labels import LabelTable, table_of
 from babyseg_bids.longitudinal import spoken_tissue
-from babyseg_bids.morphometry import asymmetry_index, brain_volume, structure_name, tissue_totals
+from babyseg_bids.morphometry import (
+    COLUMNS,
+    asymmetry_index,
+    brain_volume,
+    structure_name,
+    tissue_totals,
+)
 from babyseg_bids.qc_flags import LIMITS
 from babyseg_bids.records import Flag, SessionInputs
 from babyseg_bids.reports import figures as fig
 from babyseg_bids.reports import wording as say
 from babyseg_bids.reports.files import render, unique_flags, write_atomic
+from babyseg_bids.reports.review import places_to_review
+from babyseg_bids.reports.viewer import viewer_code, viewer_data
 
 # Slices of each plane, and how many stand side by side; sagittal ones are wider than the others.
 SLICES = {'axial': (10, 5), 'coronal': (10, 5), 'sagittal': (8, 4)}
 UNCERTAINTY_SLICES = 6
+ALIGNED_SLICES = 5
 MISSING_ALIGNMENT = 'not aligned'
 DOUBTS_SHOWN = 6
 
@@ -78,6 +88,9 @@ MEASURE_NAMES: dict[str, tuple[str, str]] = {
     'edge_area_mm2': ('Brain in the edge of the image (mm²)', '.0f'),
 }
 
+# Shown elsewhere on the page.
+NOT_SHOWN = ('segmented_brain_volume_mm3', 'voxel_volume_mm3', 'uncertainty_threshold')
+
 
 @dataclass(frozen=True)
 class SessionReportData:
@@ -86,7 +99,8 @@ class SessionReportData:
     `reference_image`, `labels` and `uncertainty` are paths of images on one grid. `figures_dir`
     receives the pictures as files. `scan_weights` has one weight for each of `inputs.scans`.
     `transforms` has one mapping for each scan but the reference, with any of the keys `scan`,
-    `status`, `rotation_deg`, `translation_mm`, `similarity`, `similarity_before`, `reason`.
+    `status`, `rotation_deg`, `translation_mm`, `similarity`, `similarity_before`, `reason`,
+    `matrix` (world of the scan to world of the reference; without it the scan is not drawn).
     `flags` are those of the session and of QC together; duplicates are shown once.
     """
 
@@ -130,33 +144,81 @@ def _table(data: SessionReportData) -> LabelTable:
     return table_of([0, *data.morph['index']])
 
 
-def draw_session(data: SessionReportData, /) -> tuple[list[dict], dict | None]:
-    """Draw all pictures, write them into `figures_dir`, and return them for the page.
-
-    The files are `<session>_desc-<plane>_dseg.png` and `<session>_desc-uncertainty_dseg.png`.
-    """
+def load_session(data: SessionReportData, /) -> fig.Volume:
+    """The images that the page shows: reference, labels, uncertainty and the aligned scans."""
     volume = fig.load_volume(data.reference_image, data.labels, data.uncertainty)
-    stem = f'{data.inputs.name}_desc-'
+    matrices = {str(t['scan']): t['matrix'] for t in data.transforms if 'matrix' in t}
+    for scan in data.inputs.scans[1:]:
+        matrix = matrices.get(scan.label, matrices.get(scan.relative_path))
+        if matrix is not None:
+            volume = fig.add_scan(volume, scan.label, Path(scan.path), np.asarray(matrix))
+    return volume
+
+
+def draw_slices(volume: fig.Volume, data: SessionReportData, /) -> list[dict]:
+    """Outlines in three planes; also written as `<session>_desc-<plane>_dseg.png`."""
     pictures = []
     for plane, (slices, columns) in SLICES.items():
         layout = fig.lay_out(volume, [(plane, slices)], columns)
         scan = fig.draw_scan(volume, layout)
         overlay = fig.draw_labels(volume, layout, _table(data))
-        path = data.figures_dir / f'{stem}{plane}_dseg.png'
+        path = data.figures_dir / f'{data.inputs.name}_desc-{plane}_dseg.png'
         write_atomic(path, fig.encode(fig.blend(scan, overlay), 'PNG'))
         title = f'{plane.capitalize()} slices'
         alt = (
             f'{slices} {plane} slices over the brain in the reference scan of {data.inputs.name}.'
         )
         pictures.append(_picture(scan, title, alt, overlay))
+    return pictures
+
+
+def draw_aligned(volume: fig.Volume, data: SessionReportData, /) -> dict[str, Any] | None:
+    """The reference and the other scans in the same slices; None with one scan."""
+    if not volume.others:
+        return None
+    rows = [(plane, ALIGNED_SLICES) for plane in fig.PLANES]
+    layout = fig.lay_out(volume, rows, ALIGNED_SLICES)
+    title = 'The same slices of each scan, on the grid of the reference'
+    alt = f'Slices of the reference scan of {data.inputs.name}.'
+    overlay = fig.draw_labels(volume, layout, _table(data))
+    others = [
+        {'name': name, 'scan': _embed(fig.encode(fig.draw_scan(volume, layout, image=image)))}
+        for name, image in volume.others.items()
+    ]
+    return {**_picture(fig.draw_scan(volume, layout), title, alt, overlay), 'others': others}
+
+
+def draw_doubt(volume: fig.Volume, data: SessionReportData, /) -> dict | None:
+    """Uncertainty in three planes; also written as `<session>_desc-uncertainty_dseg.png`."""
     if volume.uncertainty is None:
-        return pictures, None
+        return None
     rows = [(plane, UNCERTAINTY_SLICES) for plane in fig.PLANES]
     layout = fig.lay_out(volume, rows, UNCERTAINTY_SLICES)
     scan = fig.draw_uncertainty(volume, layout, data.uncertainty_threshold)
-    write_atomic(data.figures_dir / f'{stem}uncertainty_dseg.png', fig.encode(scan, 'PNG'))
+    path = data.figures_dir / f'{data.inputs.name}_desc-uncertainty_dseg.png'
+    write_atomic(path, fig.encode(scan, 'PNG'))
     title = 'Uncertainty in axial, coronal and sagittal slices'
-    return pictures, _picture(scan, title, f'{title} of {data.inputs.name}.')
+    return _picture(scan, title, f'{title} of {data.inputs.name}.')
+
+
+def _place_rows(volume: fig.Volume, table: LabelTable) -> list[dict[str, Any]]:
+    """The places to review, each with a picture."""
+    rows = []
+    for place in places_to_review(volume.labels, volume.uncertainty, volume.affine, table):
+        picture = fig.draw_place(volume, place.voxel, table)
+        rows.append(
+            {
+                'name': place.structure,
+                'color': place.color,
+                'reason': place.reason,
+                'mm': ' '.join(map(str, place.mm)),
+                'where': place.text,
+                'picture': _embed(fig.encode(picture, quality=75)),
+                'width': picture.width,
+                'height': picture.height,
+            }
+        )
+    return rows
 
 
 def legend(table: LabelTable, /) -> list[dict[str, str]]:
@@ -299,13 +361,22 @@ def _doubt_rows(data: SessionReportData, table: LabelTable) -> list[dict[str, st
     ]
 
 
+def _measures(qc: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Name and form of each single number in the quality record, the well-known ones first."""
+    known = {k: v for k, v in MEASURE_NAMES.items() if k in qc}
+    others = {
+        k: (k.replace('_', ' ').capitalize(), '.4g')
+        for k, v in qc.items()
+        if k not in MEASURE_NAMES and k not in NOT_SHOWN and isinstance(v, (int, float))
+    }
+    return known | others
+
+
 def _quality_rows(data: SessionReportData, flags: list[Flag]) -> list[dict[str, str]]:
     """The measures with their limits, and whether they were flagged."""
     raised = {f.code: f.severity for f in flags}
     rows = []
-    for key, (name, form) in MEASURE_NAMES.items():
-        if key not in data.qc:
-            continue
+    for key, (name, form) in _measures(data.qc).items():
         value, limit = data.qc[key], LIMITS.get(key)
         level = raised.get(limit.code, '') if limit else ''
         judged = limit is not None and value is not None
@@ -319,6 +390,16 @@ def _quality_rows(data: SessionReportData, flags: list[Flag]) -> list[dict[str, 
             }
         )
     return rows
+
+
+def _further_rows(morph: pd.DataFrame, table: LabelTable) -> tuple[list[str], list[Any]]:
+    """Columns of the volumes table beyond the usual ones, with their values by structure."""
+    names = [str(c) for c in morph.columns if c not in COLUMNS]
+    rows = []
+    for row in morph.to_dict('records') if names else ():
+        values = [row[n] if isinstance(row[n], str) else say.number(row[n], '.4g') for n in names]
+        rows.append((say.sided_name(table[int(row['index'])]), values))
+    return names, rows
 
 
 def write_session_report(path: str | os.PathLike[str], data: SessionReportData, /) -> None:
@@ -336,9 +417,11 @@ def write_session_report(path: str | os.PathLike[str], data: SessionReportData, 
     """
     table = _table(data)
     flags = unique_flags(data.flags)
-    pictures, uncertainty = draw_session(data)
+    volume = load_session(data)
     tissues, tissue_scale = _tissue_rows(data.morph)
     methods = say.markdown_blocks(data.boilerplate)
+    further = _further_rows(data.morph, table)
+    reference = data.inputs.scans[0].label if data.inputs.scans else data.reference_image.name
     cited = any(kind == 'heading' and text == 'References' for kind, text in methods)
     page = render(
         'session.html',
@@ -350,18 +433,25 @@ def write_session_report(path: str | os.PathLike[str], data: SessionReportData, 
         facts=_facts(data, flags),
         scans=_scan_rows(data),
         flags=flags,
-        reference=data.inputs.scans[0].label if data.inputs.scans else data.reference_image.name,
+        reference=reference,
         legend=legend(table),
-        figures=pictures,
-        uncertainty=uncertainty,
+        figures=draw_slices(volume, data),
+        aligned=draw_aligned(volume, data),
+        uncertainty=draw_doubt(volume, data),
+        places=_place_rows(volume, table),
+        viewer=viewer_data(volume, reference, table),
+        viewer_code=viewer_code(),
         threshold=f'{data.uncertainty_threshold:g}',
         doubts=_doubt_rows(data, table),
         total=say.millilitres(brain_volume(data.morph)),
         tissues=tissues,
         tissue_scale=tissue_scale,
         structures=_structure_rows(data.morph, table),
+        further_names=further[0],
+        further=further[1],
         quality=_quality_rows(data, flags),
         methods=methods,
         references=() if cited else REFERENCES,
+        bibliography=BIBLIOGRAPHY,
     )
     write_atomic(path, page)

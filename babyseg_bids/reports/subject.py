@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import nibabel as nib
@@ -28,6 +29,7 @@ from babyseg_bids.longitudinal import (
 )
 from babyseg_bids.reports import wording as say
 from babyseg_bids.reports.charts import Chart, Point, growth_chart
+from babyseg_bids.reports.cohort import Outlier, Trend
 from babyseg_bids.reports.files import Derivative, collect, render, write_atomic
 from babyseg_bids.reports.side_by_side import aligned_pictures
 
@@ -67,24 +69,38 @@ def session_row(record: Derivative, out_dir: Path, /) -> dict[str, Any]:
 
 
 def growth_charts(
-    records: Sequence[Derivative], out_dir: Path, /, names: Sequence[str]
+    records: Sequence[Derivative],
+    out_dir: Path,
+    /,
+    names: Sequence[str],
+    trends: Mapping[str, Trend] = MappingProxyType({}),
+    outliers: Sequence[Outlier] = (),
 ) -> list[Chart]:
     """Charts of the brain and the tissues against age, from all sessions with an age in months.
 
     Parameters
     ----------
     names : what to write beside the point of each session
+    trends, outliers : the cohort's curves (mm3) by title, and the sessions far from them
     """
+    far = {(o.session, o.what): o.text for o in outliers}
     points: dict[str, list[Point]] = {}
-    for record, name in zip(records, names, strict=True):
+    for row, (record, name) in enumerate(zip(records, names, strict=True)):
         if record.age.months is None:
             continue
         flagged = any(f.severity != 'info' for f in record.flags)
         link = report_link(record, out_dir)
         for what, volume in group_volumes(record.volumes).items():
-            point = Point(record.age.months, volume / 1000, record.subject, name, link, flagged)
+            why = far.get((record.name, what), '')
+            age, series = record.age.months, record.subject
+            point = Point(age, volume / 1000, series, name, link, flagged, why, row)
             points.setdefault(what, []).append(point)
-    charts = [growth_chart(what, 'mL', p, 'Age (months)') for what, p in points.items()]
+    charts = []
+    for what, some in points.items():
+        trend = trends.get(what)
+        curve = list(zip(trend.months, trend.values / 1000, strict=True)) if trend else []
+        spread = trend.sd if trend else 0.0
+        charts.append(growth_chart(what, 'mL', some, 'Age (months)', curve, spread))
     return [chart for chart in charts if chart]
 
 
@@ -117,6 +133,13 @@ def _fitted(path: Path, *_: int) -> dict[str, GrowthCurve]:
         if column in table
     }
     return {name: curve for name, curve in found.items() if curve}
+
+
+def _drawn(curve: GrowthCurve, points: Sequence[Point]) -> list[tuple[float, float]]:
+    """Points (months, mL) of a curve over the ages of a chart, where it is defined."""
+    months = np.linspace(min(p.x for p in points), max(p.x for p in points), 40)
+    values = curve.at(months) / 1000
+    return [(float(m), float(v)) for m, v in zip(months, values, strict=True) if np.isfinite(v)]
 
 
 def _visit(record: Derivative) -> Visit:
@@ -190,7 +213,7 @@ def _trajectories(
             unit,
             found,
             'Age (months)',
-            (lambda x, c=curve: c.at(x) / 1000) if curve else None,
+            _drawn(curve, found) if curve else (),
         )
         if chart:
             charts[name in structures].append(chart)

@@ -20,7 +20,7 @@ from babyseg_bids.network.grid import (
 )
 from babyseg_bids.network.intensity import normalise
 from babyseg_bids.network.official import conform
-from babyseg_bids.network.prediction import autocast, predict, remove_islands
+from babyseg_bids.network.prediction import autocast, predict
 from babyseg_bids.network.weights import Model
 
 # A channel is interpolated only where it reaches this probability.
@@ -99,7 +99,6 @@ def segment(
             posteriors, turned, where = result.posteriors, result.turned, result.device
             grid = grid.part(result.box)
             weights[order] = result.scan_weights.cpu().numpy()
-            remove_islands(posteriors)
         labels, uncertainty, probabilities, volumes, confidence = _to_reference(
             posteriors, grid, image.shape, affine, model, keep_probabilities
         )

@@ -52,11 +52,18 @@ class GroupConv(nn.Module):
         groups = x.shape[1]
         own, common = self.conv_b, self.conv_m
         if groups == 1:
-            weight, bias = (own.weight + common.weight) / 2, (own.bias + common.bias) / 2
-            return grouped(convolve(flat(x), weight, bias), 1)
+            return self.merged(x)
         each = grouped(convolve(flat(x), own.weight, own.bias), groups)
         mean = convolve(x.mean(1), common.weight, common.bias)
         return (each + mean[:, None]) / 2
+
+    def merged(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+        """The same for one scan, (B, 1, C, *size); `order` (outputs,) permutes the outputs."""
+        weight = (self.conv_b.weight + self.conv_m.weight) / 2
+        bias = (self.conv_b.bias + self.conv_m.bias) / 2
+        if order is not None:
+            weight, bias = weight[order], bias[order]
+        return grouped(convolve(flat(x), weight, bias), 1)
 
 
 class ScanAttention(nn.Module):
@@ -119,19 +126,16 @@ class Activation(nn.Module):
 def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Convolve (B, C, *size) with a kernel (outputs, C, width, ...), 'same' padding."""
     dim, width = x.ndim - 2, weight.shape[-1]
+    padding = width // 2
+    direct = x.device.type == 'cpu' and torch.backends.mkldnn.is_available()
+    if direct and not torch.is_grad_enabled():
+        # For a single image with few channels torch would choose a slow convolution that leaves
+        # the channels-last layout.
+        return torch.mkldnn_convolution(x, weight, bias, [padding] * dim, [1] * dim, [1] * dim, 1)
     if width == 1:
         # torch's convolution would convert layouts.
         return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
-    padding = width // 2
-    if (
-        torch.is_grad_enabled()
-        or x.device.type != 'cpu'
-        or not torch.backends.mkldnn.is_available()
-    ):
-        return _CONV[dim](x, weight, bias, padding=padding)
-    # For a single image with few channels torch would choose a slow convolution that leaves the
-    # channels-last layout.
-    return torch.mkldnn_convolution(x, weight, bias, [padding] * dim, [1] * dim, [1] * dim, 1)
+    return _CONV[dim](x, weight, bias, padding=padding)
 
 
 def max_pool(x: Tensor, /) -> Tensor:

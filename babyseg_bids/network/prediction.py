@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
@@ -19,8 +20,10 @@ _LOG = logging.getLogger(__name__)
 
 Box = tuple[slice, slice, slice]
 
-# What is background by more than this is left out of the refinement.
-_SURE = 1 - 1e-3
+# What is background by more than this is left out of the refinement, unless it is within so many
+# voxels of the U-Net's grid of what is not.
+_SURE = 0.9
+_NEAR = 2
 # Brain components smaller than this share of the largest are taken for false detections.
 _ISLAND_SHARE = 0.05
 # Structures in the middle of the brain, whose place tells front from back.
@@ -34,8 +37,9 @@ _MEMORY_SHARE = 0.5
 # Blocks of the U-Net, where memory is short: smallest side and overlap, voxels of its grid.
 _SMALLEST = 64
 _OVERLAP = 32
-# The refinement runs on so many voxels at once; about half a kilobyte each.
-_BLOCK = 1_000_000
+# The refinement runs on so many voxels at once: small blocks stay in the cache and leave out more
+# of the background, but their margins cost more.
+_BLOCK = 300_000
 
 
 @dataclass(frozen=True)
@@ -162,11 +166,13 @@ def _predict(
             mirrored = _BACK_MIRRORED if view == _BACK else _AHEAD_MIRRORED
             results[mirrored] = _coarse(small, network, mirrored, limit)
         coarse = _mean([_posteriors(r, v, model) for v, r in results.items()])
-        box = _brain_box(coarse)
+        remove_islands(coarse)
+        near = _near_brain(coarse)
+        box = _box(near)
         weights = _scan_weights(results, coarse)
         if network.fine:
             del coarse
-            posteriors = _refine(scans, results, box, model)
+            posteriors = _refine(scans, results, near, model)
             box = _doubled(box)
         else:
             posteriors = coarse[(slice(None), *box)].contiguous()
@@ -240,16 +246,23 @@ def _ramp(block: Box, size: Sequence[int]) -> Tensor:
 
 
 def _posteriors(result: CoarseResult, view: _View, model: Model) -> Tensor:
-    """(C, *size) of the unflipped volume."""
-    return _unflip(result.logits[0], view, model)
+    """(C, *size) in the scans' own axes and sides."""
+    logits = result.logits[0]
+    order = _order(view, model, logits.device)
+    return _unflip(logits if order is None else logits[order], view, model)
+
+
+def _order(view: _View, model: Model, device: torch.device) -> Tensor | None:
+    """The channel that each label has in a view: in a mirrored one, its partner's."""
+    return torch.from_numpy(model.labels.mirror_channels).to(device) if view.mirrored else None
 
 
 def _unflip(logits: Tensor, view: _View, model: Model) -> Tensor:
-    """Posteriors (C, *size) in the scans' own axes and sides from a view's logits."""
-    p = view.turn((logits.float() / model.temperature).softmax(0))
-    if view.mirrored:
-        p = p[torch.from_numpy(model.labels.mirror_channels).to(p.device)]
-    return p
+    """Posteriors (C, *size) in the scans' own axes from a view's logits."""
+    logits = logits.float()
+    if model.temperature != 1:
+        logits = logits / model.temperature
+    return view.turn(logits.softmax(0))
 
 
 def _mean(tensors: list[Tensor]) -> Tensor:
@@ -271,15 +284,20 @@ def _scan_weights(results: dict[_View, CoarseResult], posteriors: Tensor) -> Ten
     return total / whole if whole > 0 else torch.full_like(total, 1 / len(total))
 
 
-def _brain_box(posteriors: Tensor) -> Box:
-    """Box around all that is not surely background, two voxels wider; empty if there is none."""
+def _near_brain(posteriors: Tensor) -> Tensor:
+    """(*size) bool: what is not surely background, and what is near it."""
+    inside = (posteriors[0] < _SURE).float()[None, None]
+    return F.max_pool3d(inside, 2 * _NEAR + 1, 1, _NEAR)[0, 0] > 0
+
+
+def _box(mask: Tensor) -> Box:
+    """Smallest box around a mask (*size); one voxel if it is empty."""
     box = []
-    inside = posteriors[0] < _SURE
-    for axis, n in enumerate(inside.shape):
+    for axis in range(3):
         first, second = (a for a in (2, 1, 0) if a != axis)
-        used = inside.any(first).any(second).nonzero()
+        used = mask.any(first).any(second).nonzero()
         low, high = (int(used[0]), int(used[-1])) if len(used) else (0, 0)
-        box.append(slice(max(0, low - 2), min(n, high + 3)))
+        box.append(slice(low, high + 1))
     return tuple(box)  # type: ignore[return-value]
 
 
@@ -287,20 +305,27 @@ def _doubled(box: Box) -> Box:
     return tuple(slice(2 * s.start, 2 * s.stop) for s in box)  # type: ignore[return-value]
 
 
-def _refine(scans: Tensor, results: dict[_View, CoarseResult], box: Box, model: Model) -> Tensor:
-    """Posteriors (C, *box at full size), the mean over the views, block by block."""
+def _refine(
+    scans: Tensor, results: dict[_View, CoarseResult], near: Tensor, model: Model
+) -> Tensor:
+    """Posteriors (C, *box of `near` at full size), the mean over the views, block by block."""
+    box = _box(near)
     network: GroupUNet = model.network  # type: ignore[assignment]
     size = results[next(iter(results))].logits.shape[2:]
     shape = [2 * (s.stop - s.start) for s in box]
-    out = torch.empty((len(model.labels), *shape), device=scans.device)
+    out = torch.zeros((len(model.labels), *shape), device=scans.device)
+    out[0] = 1
     assert network.fine is not None
     for inner, outer in _blocks(box, size, margin=network.fine.margin):
+        if not bool(near[inner].any()):
+            continue
         target = _within(inner, outer)
         wide = [2 * (s.stop - s.start) for s in outer]
         parts = []
         for view, result in results.items():
             x = view.turn(scans[(slice(None), *_doubled(outer))])
-            logits = network.refine(x[None], result.window(view.turn_box(outer, size)))[0]
+            part = result.window(view.turn_box(outer, size))
+            logits = network.refine(x[None], part, order=_order(view, model, x.device))[0]
             logits = logits[(slice(None), *view.turn_box(target, wide))]
             parts.append(_unflip(logits, view, model))
         out[(slice(None), *_within(inner, box))] = _mean(parts)

@@ -142,13 +142,13 @@ class Refinement(nn.Module):
 
         Returns
         -------
-        up-sampled features (B, 1, C, *size), additional logits (B, 1, labels, *size)
+        up-sampled features (B, 1, C, *size), and what `out` makes additional logits of
         """
         known = upsample(coarse.features.unsqueeze(1))
-        weights = upsample(coarse.weights)
         own = F.elu(self.scan(single_channel(x)))
-        own = own if own.shape[1] == 1 else (weights * own).sum(1, keepdim=True)
-        return known, self.out(self.mix(concatenate(own, known)))
+        if own.shape[1] > 1:
+            own = (upsample(coarse.weights) * own).sum(1, keepdim=True)
+        return known, self.mix(concatenate(own, known))
 
 
 class GroupUNet(nn.Module):
@@ -252,17 +252,21 @@ class GroupUNet(nn.Module):
             x = concatenate(skips.pop(), x)
         return skips.pop(), self._run(self.dec[-1], x)
 
-    def refine(self, x: Tensor, coarse: CoarseResult) -> Tensor:
+    def refine(self, x: Tensor, coarse: CoarseResult, *, order: Tensor | None = None) -> Tensor:
         """Logits (B, labels, *size) of scans (B, G, *size) and what is known at half that size.
 
         Every voxel depends on its neighbourhood alone, so that a volume may be done in parts;
         `Refinement.margin` says how much the parts must overlap.
+
+        Parameters
+        ----------
+        order : (labels,) of the channels of the result; None for the network's own
         """
         assert self.fine is not None
         last: GroupConv = self.add[-1]  # type: ignore[assignment]
-        known, change = self.fine(x, coarse)
+        known, new = self.fine(x, coarse)
         # Up-sampling and the last layer commute: it is cheaper to up-sample the few features.
-        return last(known).add_(change).squeeze(1)
+        return last.merged(known, order).add_(self.fine.out.merged(new, order)).squeeze(1)
 
     def _run(self, level: nn.Module, x: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():

@@ -17,7 +17,13 @@ import pandas as pd
 from babyseg_bids.labels import LabelTable, label_table
 
 MISSING = 'n/a'
-MEASURES = ('volume-mm3', 'voxel-volume-mm3', 'fraction-of-brain', 'mean-confidence')
+MEASURES = (
+    'volume-mm3',
+    'voxel-volume-mm3',
+    'fraction-of-brain',
+    'mean-confidence',
+    'predicted-dice',
+)
 COLUMNS = ('index', 'name', 'abbreviation', 'hemisphere', *MEASURES)
 
 # Decimals in files: a thousandth of a cubic millimetre is far below what any scan resolves.
@@ -26,6 +32,7 @@ DECIMALS = {
     'voxel-volume-mm3': 3,
     'fraction-of-brain': 6,
     'mean-confidence': 4,
+    'predicted-dice': 4,
 }
 
 DESCRIPTIONS: dict[str, dict[str, Any]] = {
@@ -55,6 +62,12 @@ DESCRIPTIONS: dict[str, dict[str, Any]] = {
     'mean-confidence': {
         'Description': 'Mean, over the voxels of the structure in the label map, of the '
         'probability of the most likely label; from 0 to 1',
+        'Units': 'arbitrary',
+    },
+    'predicted-dice': {
+        'Description': 'Dice coefficient that the structure is expected to have with the truth '
+        'if the probabilities are right: twice the sum of the probabilities inside the label, '
+        'divided by the hard plus the soft volume',
         'Units': 'arbitrary',
     },
 }
@@ -90,6 +103,20 @@ def count_voxels(labels: np.ndarray, table: LabelTable, /) -> dict[int, int]:
         np.clip(labels, 0, None).ravel().astype(np.int64), minlength=int(table.indices.max()) + 1
     )
     return {row.index: int(counts[row.index]) for row in table.structures}
+
+
+def predicted_dice(confidence: float, hard: float, soft: float, /) -> float:
+    """Dice that a structure is expected to have with the truth, if probabilities are calibrated.
+
+    The expected overlap is the sum of the probabilities inside the label, the expected size of
+    the truth the sum of all: 2 * confidence * hard / (hard + soft).
+
+    Parameters
+    ----------
+    confidence : mean probability inside the label
+    hard, soft : size of the label, and sum of its probabilities, both in voxels or both in mm3
+    """
+    return 2 * confidence * hard / (hard + soft)
 
 
 def morphometry_table(
@@ -130,9 +157,9 @@ def morphometry_table(
         soft = float(soft_volumes.get(row.index, np.nan)) if present else np.nan
         hard = counts[row.index] * unit if present else np.nan
         sure = float(confidence.get(row.index, np.nan)) if present else np.nan
-        rows.append(
-            (row.index, row.name, row.abbreviation, row.hemisphere, soft, hard, np.nan, sure)
-        )
+        dice = predicted_dice(sure, hard, soft)
+        names = (row.index, row.name, row.abbreviation, row.hemisphere)
+        rows.append((*names, soft, hard, np.nan, sure, dice))
     morph = pd.DataFrame(rows, columns=list(COLUMNS))
     total = brain_volume(morph)
     if total > 0:

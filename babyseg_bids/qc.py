@@ -302,7 +302,6 @@ def session_metrics(
     table: LabelTable | None = None,
     *,
     agreement: Mapping[str, float] | None = None,
-    predicted_dice: Mapping[int, float] | None = None,
 ) -> dict[str, Any]:
     """All measures of a session, JSON-ready; None stands for what cannot be measured.
 
@@ -347,11 +346,9 @@ def session_metrics(
     if agreement:
         metrics['scan_agreement'] = dict(agreement)
         metrics['scan_agreement_min'] = min(agreement.values())
-    if predicted_dice:
-        named = {r.abbreviation: predicted_dice.get(r.index) for r in table.structures}
-        known = {k: v for k, v in named.items() if v is not None and np.isfinite(v)}
-        metrics['predicted_dice'] = known
-        metrics['predicted_dice_mean'] = float(np.mean(list(known.values()))) if known else None
+    predicted = dict(zip(morph['abbreviation'], morph['predicted-dice'], strict=True))
+    metrics['predicted_dice'] = {k: v for k, v in predicted.items() if np.isfinite(v)}
+    metrics['predicted_dice_mean'] = float(morph['predicted-dice'].mean())
     return _jsonable(metrics)
 
 
@@ -371,7 +368,6 @@ def session_qc(
     table: LabelTable | None = None,
     *,
     agreement: Mapping[str, float] | None = None,
-    predicted_dice: Mapping[int, float] | None = None,
 ) -> tuple[dict[str, Any], tuple[Flag, ...]]:
     """Measure the quality of a session's scan and segmentation.
 
@@ -389,8 +385,6 @@ def session_qc(
         A voxel above it counts as uncertain.
     agreement : mapping, optional
         Of the scans segmented alone, by their names (see `qc_image.scan_agreement`).
-    predicted_dice : mapping, optional
-        Predicted Dice by FreeSurfer number, where the model comes with a prediction.
 
     Returns
     -------
@@ -406,6 +400,5 @@ def session_qc(
         uncertainty_threshold,
         table,
         agreement=agreement,
-        predicted_dice=predicted_dice,
     )
     return metrics, session_flags(metrics, morph, age, table)

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from babyseg_bids.network.inference import predicted_dice
+from babyseg_bids.morphometry import predicted_dice
 from babyseg_bids.synthesis.evaluate import Case
 from babyseg_bids.synthesis.losses import hard_dice
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from babyseg_bids.network.inference import predicted_dice
+from babyseg_bids.morphometry import predicted_dice
 from babyseg_bids.network.prediction import Prediction
 from babyseg_bids.synthesis.calibration import (
     Voxels,

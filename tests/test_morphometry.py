@@ -43,6 +43,8 @@ def test_volumes_are_the_soft_sum_and_the_voxels_times_their_size():
     assert morph.loc[10, 'voxel-volume-mm3'] == 8
     assert morph.loc[49, 'voxel-volume-mm3'] == 4
     assert morph.loc[10, 'mean-confidence'] == 0.8
+    soft, hard = morph.loc[10, ['volume-mm3', 'voxel-volume-mm3']]
+    assert morph.loc[10, 'predicted-dice'] == pytest.approx(2 * 0.8 * hard / (hard + soft))
     assert morph.loc[10, 'fraction-of-brain'] == pytest.approx(0.75)
 
 

@@ -27,10 +27,11 @@ def rng():
     return np.random.default_rng(4)
 
 
-def flags_of(image, months=24.0, **measures):
+def flags_of(image, months=24.0, predicted_dice=0.9, **measures):
     """Codes and severities of a scan of the phantom."""
     labels, affine = brain(), ras_affine()
     morph = morphometry(labels, affine)
+    morph['predicted-dice'] = predicted_dice
     _, flags = session_qc(labels, None, image, affine, morph, Age(months), **measures)
     return {f.code: f.severity for f in flags}
 
@@ -114,7 +115,7 @@ def test_noise_is_flagged_by_its_share_of_the_white_matter(noise, severity):
 
 def test_disagreement_and_predicted_dice_are_flagged_when_they_are_known():
     image = scan(brain())
-    found = flags_of(image, agreement={'1': 0.9, '2': 0.5}, predicted_dice={2: 0.6, 41: 0.5})
+    found = flags_of(image, agreement={'1': 0.9, '2': 0.5}, predicted_dice=0.4)
     assert found == {'scans-disagree': 'warning', 'low-predicted-dice': 'warning'}
 
 

@@ -296,9 +296,9 @@ class NormaliseSession(SimpleInterface):
         }
 
 
-def _by_number(record: dict[str, float] | None) -> dict[int, float]:
-    """A record of structures out of JSON, which has text as keys; empty where there is none."""
-    return {int(k): v for k, v in (record or {}).items()}
+def _by_number(record: dict[str, float]) -> dict[int, float]:
+    """A record of structures out of JSON, which has text as keys."""
+    return {int(k): v for k, v in record.items()}
 
 
 class _MeasureSpec(BaseInterfaceInputSpec):
@@ -347,7 +347,6 @@ class MeasureSession(SimpleInterface):
             session.age,
             self.inputs.uncertainty_threshold,
             table,
-            predicted_dice=_by_number(measures.get('predicted_dice')),
         )
         folder = Path(runtime.cwd)
         write_morph_tsv(morph, folder / 'morph.tsv')

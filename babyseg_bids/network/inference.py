@@ -38,7 +38,6 @@ class Segmentation:
     probabilities : (X, Y, Z, C) float16, or None
     soft_volumes : sum of a label's probabilities by FreeSurfer number, mm3
     confidence : mean probability inside each label; NaN where it is absent
-    predicted_dice : of each label with the truth (see `predicted_dice`); NaN where it is absent
     scan_weights : share that each scan had in the brain, in the order given; they sum to one
     device, seconds : where the network ran, and the time of the whole call
     turned : whether the head faces backwards in the world of its header (see
@@ -50,7 +49,6 @@ class Segmentation:
     probabilities: np.ndarray | None
     soft_volumes: dict[int, float]
     confidence: dict[int, float]
-    predicted_dice: dict[int, float]
     scan_weights: tuple[float, ...]
     device: str
     seconds: float
@@ -108,7 +106,6 @@ def segment(
         probabilities=probabilities,
         soft_volumes=volumes,
         confidence=confidence,
-        predicted_dice=_predicted_dice(labels, affine, volumes, confidence),
         scan_weights=tuple(weights.tolist()),
         device=where,
         seconds=time.monotonic() - began,
@@ -159,35 +156,6 @@ def _check(scans: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
 def _tensor(x: np.ndarray, device: str) -> Tensor:
     # Flipped views and foreign byte orders are fine for numpy but not for torch.
     return torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(device)
-
-
-def predicted_dice(confidence: float, hard: float, soft: float, /) -> float:
-    """Dice that a structure is expected to have with the truth, if probabilities are calibrated.
-
-    The expected overlap is the sum of the probabilities inside the label, the expected size of
-    the truth the sum of all: 2 * confidence * hard / (hard + soft).
-
-    Parameters
-    ----------
-    confidence : mean probability inside the label
-    hard, soft : size of the label, and sum of its probabilities, both in voxels or both in mm3
-    """
-    return 2 * confidence * hard / (hard + soft)
-
-
-def _predicted_dice(
-    labels: np.ndarray,
-    affine: np.ndarray,
-    volumes: dict[int, float],
-    confidence: dict[int, float],
-) -> dict[int, float]:
-    voxel = float(abs(np.linalg.det(affine[:3, :3])))
-    numbers, counts = np.unique(labels, return_counts=True)
-    hard = dict(zip(numbers.tolist(), (counts * voxel).tolist(), strict=True))
-    return {
-        n: predicted_dice(confidence[n], hard[n], soft) if hard.get(n) else float('nan')
-        for n, soft in volumes.items()
-    }
 
 
 def _to_reference(

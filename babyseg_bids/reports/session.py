@@ -320,6 +320,8 @@ def _structure_rows(morph: pd.DataFrame, table: LabelTable) -> list[dict[str, An
                 'share': say.percent(both / total if total > 0 else None, 2),
                 'sure_left': say.number(left['mean-confidence']),
                 'sure_right': say.number(right['mean-confidence']) if paired else '',
+                'dice_left': say.number(left.get('predicted-dice')),
+                'dice_right': say.number(right.get('predicted-dice')) if paired else '',
             }
         )
     return rows

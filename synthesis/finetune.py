@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from babyseg_bids.errors import InputError
 from babyseg_bids.labels import label_table
@@ -59,6 +60,24 @@ def read_corrections(folder: Path, /) -> list[TrainingMap]:
     if not files:
         raise InputError(f'{folder} holds no label map; put corrected *_dseg.nii.gz files there.')
     return [prepare_map(path) for path in files]
+
+
+def read_ranking(path: Path, /) -> dict[str, float]:
+    """How much each correction should count, by its name, from the group level's ranking.
+
+    Raises
+    ------
+    InputError
+        If the file is not such a table.
+    """
+    try:
+        table = pd.read_csv(path, sep='\t', na_values='n/a')
+        names = [Path(str(name)).name.split('.')[0] for name in table['dseg']]
+        return dict(zip(names, table['score'].astype(float), strict=True))
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError(
+            f'{path} is no ranking ({e}); give group_desc-babyseg_annotation.tsv.'
+        ) from e
 
 
 def drawn_brains(kinds: Sequence[tuple[float, int]], /) -> list[TrainingMap]:

@@ -128,6 +128,12 @@ def build_parser() -> argparse.ArgumentParser:
         '--corrections', type=Path, required=True, metavar='DIR', help='corrected *_dseg.nii.gz'
     )
     tune.add_argument('--out', type=Path, required=True, help='model to write (.safetensors)')
+    tune.add_argument(
+        '--ranking',
+        type=Path,
+        metavar='TSV',
+        help='group_desc-babyseg_annotation.tsv: what it puts first is drawn more often',
+    )
     tune.add_argument('--model', default='default', help='to start from (default: default)')
     tune.add_argument('--name', default='finetuned', help='recorded in the outputs')
     tune.add_argument('--steps', type=int, default=500, help='default: 500')
@@ -321,7 +327,12 @@ def _finetune(args: argparse.Namespace) -> None:
     import torch
 
     from babyseg_bids.network.weights import load_model, save_model
-    from babyseg_bids.synthesis.finetune import TOLERANCE, finetune, read_corrections
+    from babyseg_bids.synthesis.finetune import (
+        TOLERANCE,
+        finetune,
+        read_corrections,
+        read_ranking,
+    )
     from babyseg_bids.synthesis.settings import load_settings
 
     torch.set_num_threads(args.threads)
@@ -335,6 +346,7 @@ def _finetune(args: argparse.Namespace) -> None:
         steps=args.steps,
         rate=args.rate,
         seed=args.seed,
+        shares=read_ranking(args.ranking) if args.ranking else None,
         samples=args.samples,
         settings=load_settings(args.settings),
         workers=args.workers,

@@ -12,7 +12,7 @@ from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 from babyseg_bids.network.weights import Model, load_model, save_model
 from babyseg_bids.synthesis import finetune as module
 from babyseg_bids.synthesis.atlas import load_atlas, sample_label_map
-from babyseg_bids.synthesis.finetune import Comparison, finetune, read_corrections
+from babyseg_bids.synthesis.finetune import Comparison, finetune, read_corrections, read_ranking
 from babyseg_bids.synthesis.train_cli import main
 
 TINY = {'extent': (96, 96, 96), 'guards': ((6.0, 1),), 'companions': ((6.0, 2),), 'workers': 0}
@@ -91,3 +91,12 @@ def test_shares_repeat_a_correction():
     maps = [replace(phantom(3), name=n) for n in 'abc']
     repeated = module._repeated(maps, {'a': 0.2, 'b': 0.6})
     assert [m.name for m in repeated] == ['a', 'b', 'b', 'b', 'c']
+
+
+def test_a_ranking_is_read_by_the_names_of_the_label_maps(tmp_path):
+    path = tmp_path / 'ranking.tsv'
+    path.write_text('rank\tscore\tdseg\n1\t0.8\tsub-01/anat/sub-01_desc-aseg_dseg.nii.gz\n')
+    assert read_ranking(path) == {'sub-01_desc-aseg_dseg': 0.8}
+    path.write_text('rank\n1\n')
+    with pytest.raises(InputError, match=r'ranking\.tsv is no ranking'):
+        read_ranking(path)

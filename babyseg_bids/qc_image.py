@@ -136,7 +136,8 @@ def smoothness_mm(image: np.ndarray, mask: np.ndarray, affine: np.ndarray, /) ->
     """Effective resolution in mm: geometric mean over the axes of the smoothness (FWHM).
 
     FWHM = spacing * sqrt(-2 ln 2 / ln(1 - var(difference) / (2 var(image)))) of neighbours inside
-    the mask (Forman et al., Magn Reson Med 1995). NaN where there is no correlation to measure.
+    the mask (Forman et al., Magnetic Resonance in Medicine 1995). NaN where there is no
+    correlation to measure.
     """
     zooms = np.linalg.norm(np.asarray(affine, float)[:3, :3], axis=0)
     image = np.asarray(image, np.float64)

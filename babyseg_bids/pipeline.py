@@ -34,6 +34,7 @@ class Result:
     segmentation : label map, int16, FreeSurfer numbers
     brain_mask : uint8
     uncertainty : float32, 0..1
+    review_mask : uint8, where the uncertainty is above the threshold: look there first
     probabilities : float32 (X, Y, Z, C) in the order of the model's labels, or None
     volumes : one row a structure (see `morphometry.morphometry_table`)
     qc : quality measures (see `qc.session_metrics`)
@@ -45,6 +46,7 @@ class Result:
     segmentation: nib.Nifti1Image
     brain_mask: nib.Nifti1Image
     uncertainty: nib.Nifti1Image
+    review_mask: nib.Nifti1Image
     probabilities: nib.Nifti1Image | None
     volumes: pd.DataFrame
     qc: dict
@@ -280,6 +282,9 @@ class BabySegPipeline:
             brain_mask=like_reference(result.labels > 0, headers, dtype=np.uint8),
             uncertainty=like_reference(
                 coarse_uncertainty(result.uncertainty), headers, dtype=np.float32
+            ),
+            review_mask=like_reference(
+                result.uncertainty > self.uncertainty_threshold, headers, dtype=np.uint8
             ),
             probabilities=probabilities,
             volumes=volumes,

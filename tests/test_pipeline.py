@@ -42,6 +42,8 @@ def test_two_scans_are_segmented_jointly(pipeline):
     assert len(result.alignments) == 1
     assert result.probabilities.shape == (48, 48, 48, 28)
     assert result.brain_mask.get_data_dtype() == np.uint8
+    doubt = result.uncertainty.get_fdata() > 0.3
+    assert (result.review_mask.get_fdata() != doubt).mean() < 0.01
 
 
 def test_repeats_of_a_contrast_are_further_scans_and_not_averaged(monkeypatch):

@@ -4,7 +4,8 @@
 #   make run BIDS=in OUT=out ARGS='…'   babyseg on your own dataset
 #   make test                           the whole test suite
 #   make evaluate DATA=in MAPS=maps     the figures of the model card (see docs/training.md)
-#   make lint | format | docs | lock | clean | clean-all
+#   make lint | format | docs | quickstart | lock | clean | clean-all
+#   make wheel | sdist | sbom | audit   what a release consists of, in dist/
 #
 # Variables: PYTHON=python3.11  TORCH=cpu|cuda  VENV=.venv  DEMO=.demo  WORKERS=2  LEVEL=participant  SAMPLES=67
 
@@ -13,6 +14,7 @@ VENV ?= .venv
 DEMO ?= .demo
 WORKERS ?= 2
 LEVEL ?= participant
+PIP_AUDIT ?= 2.10.1
 SAMPLES ?= 67
 
 bin := $(VENV)/bin
@@ -31,7 +33,8 @@ typed := $(addprefix babyseg_bids/,$(addsuffix .py, \
     $(wildcard $(addprefix babyseg_bids/, age*.py discovery*.py preflight*.py qc*.py))
 sources := babyseg_bids workflows synthesis tests benchmarks
 
-.PHONY: help demo run test evaluate lint format docs lock clean clean-all install
+.PHONY: help demo run test evaluate lint format docs quickstart lock wheel sdist sbom audit clean \
+    clean-all install
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -103,6 +106,37 @@ format: $(installed) $(installed_test)
 docs: $(installed_docs)
 	$(bin)/mkdocs build --strict --quiet
 	@echo 'Documentation: site/index.html'
+
+# The commands of the page, as they are copied, in an empty folder.
+quickstart: $(installed)
+	rm -rf $(DEMO)/quickstart && mkdir -p $(DEMO)/quickstart
+	sed -n '/^```sh$$/,/^```$$/{/^```/!p}' docs/quickstart.md > $(DEMO)/quickstart.sh
+	cd $(DEMO)/quickstart && PATH='$(abspath $(bin))':"$$PATH" sh -eux ../quickstart.sh
+	test -s $(DEMO)/quickstart/results/group.html
+
+# A build folder that was left behind would put deleted modules into the wheel.
+wheel: $(installed)
+	rm -rf build
+	$(bin)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+sdist: $(installed)
+	@mkdir -p dist
+	$(bin)/python -c "import setuptools.build_meta as b; b.build_sdist('dist')" >/dev/null
+	@ls dist/*.tar.gz
+
+sbom: $(installed)
+	@mkdir -p dist
+	$(bin)/python requirements/sbom.py requirements/lock.txt > dist/babyseg.cdx.json
+	@echo 'Bill of materials: dist/babyseg.cdx.json'
+
+# Asks a service on the internet about known weaknesses of what the lock files pin. Strict: a
+# package that the service does not know would otherwise count as a sound one.
+audit:
+	test -x $(VENV)/audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)/audit && \
+	    $(VENV)/audit/bin/python -m pip install --quiet pip-audit==$(PIP_AUDIT); }
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off \
+	    $(addprefix --requirement ,$(wildcard requirements/lock*.txt))
 
 lock:
 	requirements/relock.sh $(PYTHON) $(torch_pin)

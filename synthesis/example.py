@@ -327,8 +327,8 @@ def _is_example(folder: Path) -> bool:
     return description.is_file() and f'"{PROGRAM}"' in description.read_text('utf-8', 'replace')
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Console script `babyseg-example OUT`. Returns the exit code."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `babyseg-example`."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description='Write a small BIDS dataset of synthetic infants to try babyseg with: two '
@@ -342,7 +342,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         '--overwrite', action='store_true', help='replace an example that is in OUT already'
     )
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Console script `babyseg-example OUT`. Returns the exit code."""
+    arguments = build_parser().parse_args(argv)
     out = arguments.out
     try:
         try:

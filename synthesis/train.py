@@ -17,11 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from babyseg_bids.errors import InputError, UsageError
 from babyseg_bids.labels import label_table
+from babyseg_bids.network.layers import halve
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 from babyseg_bids.synthesis.gallery import picture, side_by_side
 from babyseg_bids.synthesis.generator import draw_sample
 from babyseg_bids.synthesis.losses import dice_cross_entropy, hard_dice
 from babyseg_bids.synthesis.maps import TrainingMap, class_table
+from babyseg_bids.synthesis.optimiser import Muon
 from babyseg_bids.synthesis.settings import SynthesisSettings, load_settings
 
 # Children that are never trained on; their maps measure the result (see the model card).
@@ -92,7 +94,7 @@ class TrainingPlan:
     network: NetworkConfig = DEFAULT_NETWORK
     synthesis: SynthesisSettings = field(default_factory=load_settings)
     seed: int = 0
-    rate: float = 1.5e-3
+    rate: float = 3e-3
     warmup: int = 100
     decay: float = 0.35
     average: float = 0.998
@@ -201,9 +203,7 @@ class Trainer:
         layout = torch.channels_last_3d if plan.network.dim == 3 else torch.channels_last
         self.network = network.to(device, memory_format=layout)
         self.averaged = deepcopy(self.network).requires_grad_(False)
-        self.optimiser = torch.optim.AdamW(
-            self.network.parameters(), lr=plan.rate, betas=(0.9, 0.99), weight_decay=1e-4
-        )
+        self.optimiser = Muon(self.network.parameters(), rate=plan.rate)
         self.step = 0
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
@@ -267,14 +267,20 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group['lr'] = rate
         images, target = images.to(self.device), target.to(self.device)
+        fine = self.plan.stages[self.plan.stage_at(self.step)].fine
         with torch.autocast(self.device.split(':')[0], torch.bfloat16, enabled=self.plan.bfloat16):
-            if self.plan.stages[self.plan.stage_at(self.step)].fine:
-                window = self._window(target.shape[1:])
-                logits = self.network(images, window=window)
-                target = target[(..., *(slice(2 * w.start, 2 * w.stop) for w in window))]
-            else:
-                logits = self.network.coarse(images).logits
+            coarse = self.network.coarse(halve(images) if fine else images)
+            logits = coarse.logits
+            if fine:
+                child, window = self._child(), self._window(target.shape[1:])
+                whole = target[(..., *(slice(c, None, 2) for c in child))]
+                part = (..., *(slice(2 * w.start, 2 * w.stop) for w in window))
+                logits = self.network.refine(images[part], coarse.window(window))
+                target = target[part]
         loss = dice_cross_entropy(logits, target)
+        if fine:
+            # The window is a small part of what the U-Net has computed; all of it learns.
+            loss = loss + dice_cross_entropy(coarse.logits, whole)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self._share_gradients()
@@ -303,9 +309,21 @@ class Trainer:
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
+    def _generator(self) -> torch.Generator:
+        """For choices that the step alone decides."""
+        return torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.step)
+
+    def _child(self) -> list[int]:
+        """Which of the 2^3 voxels in each of the U-Net's gives the label.
+
+        A random one, so that the U-Net learns the shares of the labels, without an offset.
+        """
+        choice = torch.randint(2, (self.plan.network.dim,), generator=self._generator())
+        return [int(n) for n in choice]
+
     def _window(self, size: Sequence[int], /) -> tuple[slice, ...]:
-        """A random part of a volume, in voxels of twice the size; the step alone decides it."""
-        generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.step)
+        """A random part of a volume, in voxels of twice the size."""
+        generator = self._generator()
         window = []
         for n in size:
             width = round(self.plan.window * (n // 2))

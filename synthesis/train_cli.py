@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar='NAME|FILE',
         help='model whose weights a new training starts with (default: random weights)',
     )
-    fit.add_argument('--rate', type=float, default=1.5e-3, help='peak learning rate')
+    fit.add_argument('--rate', type=float, default=3e-3, help='peak learning rate')
     fit.add_argument(
         '--scan-shares',
         type=float,

@@ -11,6 +11,7 @@ from babyseg_bids.network.layers import (
     InstanceNorm,
     concatenate,
     flat,
+    halve,
     max_pool,
     upsample,
 )
@@ -197,7 +198,8 @@ def test_a_window_of_the_refinement_equals_that_part_of_the_whole():
     network = small(3, fine=(2, 4, 4))
     torch.nn.init.normal_(network.fine.out.conv_b.weight)
     x = torch.rand(1, 2, 32, 32, 32)
-    part = network(x, window=(slice(2, 14),) * 3)
+    window = (slice(2, 14),) * 3
+    part = network.refine(x[..., 4:28, 4:28, 4:28], network.coarse(halve(x)).window(window))
     margin = 2 * network.fine.margin
     inner = (..., *(slice(margin, -margin),) * 3)
     torch.testing.assert_close(part[inner], network(x)[..., 4:28, 4:28, 4:28][inner])

@@ -12,6 +12,7 @@ from babyseg_bids.network import load_model
 from babyseg_bids.network.unet import NetworkConfig
 from babyseg_bids.synthesis.losses import dice_cross_entropy, hard_dice
 from babyseg_bids.synthesis.maps import save_maps
+from babyseg_bids.synthesis.optimiser import Muon, orthogonalise
 from babyseg_bids.synthesis.train import Stage, SyntheticBatches, Trainer, TrainingPlan
 from babyseg_bids.synthesis.train_cli import DEFAULT_STAGES, main
 
@@ -82,6 +83,54 @@ def test_a_fine_stage_trains_the_refinement_and_needs_one(tmp_path):
     changed = {k for k, v in trainer.network.state_dict().items() if not torch.equal(v, before[k])}
     assert any(k.startswith('fine.scan') for k in changed)
     assert any(k.startswith('enc.0') for k in changed)
+
+
+def test_a_fine_stage_trains_what_the_window_does_not_see(tmp_path):
+    stage = Stage(4.0, (16, 24, 16), 2, 1, fine=True)
+    # A refinement of nothing leaves the loss of the U-Net alone.
+    plan = TrainingPlan((stage,), network=replace(NETWORK, fine=(2, 4)), warmup=1, window=0.25)
+    trainer = Trainer(plan, tmp_path)
+    images, target = SyntheticBatches([phantom(3)], plan, 0, 1)[0]
+    seen = []
+    trainer.network.add[-1].register_full_backward_hook(lambda *a: seen.append(a[2][0]))
+    trainer.train_step(images, target)
+    reached = [float((g != 0).float().mean()) for g in seen]
+    assert max(reached) > 0.99
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one():
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((6, 40), (40, 6), (5, 5)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=generator)))
+        assert 0.3 < values.min() and values.max() < 1.3
+
+
+def test_the_optimiser_fits_kernels_and_vectors():
+    torch.manual_seed(0)
+    wanted = torch.nn.Conv2d(3, 4, 3)
+    layer = torch.nn.Conv2d(3, 4, 3)
+    optimiser = Muon(layer.parameters(), rate=0.03, weight_decay=0.0)
+    x = torch.randn(8, 3, 8, 8)
+    losses = []
+    for step in range(150):
+        optimiser.param_groups[0]['lr'] = 0.03 * (1 - step / 150)
+        loss = (layer(x) - wanted(x).detach()).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 1e-3 * losses[0]
+
+
+def test_weight_decay_spares_vectors():
+    layer = torch.nn.Conv2d(3, 4, 3)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    optimiser = Muon(layer.parameters(), rate=0.1, weight_decay=1.0)
+    for p in layer.parameters():
+        p.grad = torch.zeros_like(p)
+    optimiser.step()
+    torch.testing.assert_close(layer.weight.detach(), 0.9 * before['weight'])
+    assert torch.equal(layer.bias, before['bias'])
 
 
 def test_a_training_may_start_from_a_model_that_lacks_layers(tmp_path):

@@ -195,25 +195,17 @@ class GroupUNet(nn.Module):
         if config.fine:
             self.fine = Refinement(config.dim, channels, config.fine, config.labels)
 
-    def forward(self, x: Tensor, *, window: Sequence[slice] | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Logits (B, labels, *size) of scans (B, G, *size) with values in 0..1.
-
-        Parameters
-        ----------
-        window : part of the volume that logits are wanted of, in voxels of the U-Net's own
-            resolution; None for all
 
         Raises
         ------
         ModelError
             If a spatial size is not a multiple of what the U-Net pools.
         """
-        coarse = self.coarse(halve(x) if self.fine else x)
-        if window is not None:
-            coarse = coarse.window(window)
-            step = 2 if self.fine else 1
-            x = x[(..., *(slice(step * w.start, step * w.stop) for w in window))]
-        return self.refine(x, coarse) if self.fine else coarse.logits
+        if self.fine is None:
+            return self.coarse(x).logits
+        return self.refine(x, self.coarse(halve(x)))
 
     def coarse(self, x: Tensor) -> CoarseResult:
         """Run the U-Net alone on scans (B, G, *size) of its own resolution.

@@ -343,6 +343,60 @@ def test_the_refinement_in_blocks_equals_the_whole(refined, scans, monkeypatch):
     torch.testing.assert_close(one_pass, expected[(slice(None), *blocks.box)], atol=1e-5, rtol=0)
 
 
+def test_blocks_cover_what_is_near_the_brain_once(monkeypatch):
+    monkeypatch.setattr(prediction, '_BLOCK', 20_000)
+    near = torch.zeros(40, 52, 34, dtype=torch.bool)
+    near[3:9, 2:50, 5:30] = near[20:38, 10:30, 1:33] = True
+    done = torch.zeros(near.shape, dtype=torch.int)
+    for inner, outer in prediction._blocks(near, margin=2):
+        done[inner] += 1
+        for i, o, n in zip(inner, outer, near.shape, strict=True):
+            assert (o.start, o.stop) == (max(0, i.start - 2), min(n, i.stop + 2))
+    assert (done[near] == 1).all() and done.max() == 1
+    # Less than the box around both parts is computed.
+    assert done.sum() < 0.7 * 35 * 48 * 32
+
+
+class Bright(torch.nn.Module):
+    """Calls bright voxels the left thalamus, and remembers the sizes that it saw."""
+
+    config = NetworkConfig(labels=28, encoder=(1,), decoder=(1,))
+    fine = None
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def coarse(self, x):
+        self.sizes.append(tuple(x.shape[2:]))
+        logits = x.new_full((1, 28, *x.shape[2:]), -9.0)
+        logits[:, 0] = 4.0
+        logits[:, int(np.flatnonzero(label_table().indices == 10)[0])] = x.mean(1)
+        return CoarseResult(x.mean(1, keepdim=True), logits, torch.ones_like(x)[:, :, None])
+
+
+def test_further_passes_see_the_brain_and_its_surroundings_only():
+    network = Bright()
+    model = Model('bright', '0', network, label_table(), 2.0, 2, {})
+    x = torch.zeros(1, 80, 60, 64)
+    x[:, 50:60, 4:20, 30:34] = 9.0
+    result = predict(x, model)
+    first, second = network.sizes
+    assert first == (80, 60, 64)
+    # Its size, a voxel on each side that may be brain, and eight more.
+    assert second == (28, 34, 22)
+    found = result.channels(x.shape[1:]) > 0
+    assert torch.equal(found, x[0] > 1)
+
+
+def test_without_a_brain_everything_is_looked_at_and_nothing_labelled():
+    network = Bright()
+    model = Model('bright', '0', network, label_table(), 2.0, 2, {})
+    result = predict(torch.zeros(1, 24, 20, 16), model)
+    assert network.sizes == [(24, 20, 16)] * 2
+    assert not result.channels((24, 20, 16)).any()
+
+
 def test_a_mirrored_head_gives_the_mirrored_result_with_a_refinement(refined):
     x = torch.rand(2, 32, 32, 32)
     mirror = torch.from_numpy(label_table().mirror_channels)

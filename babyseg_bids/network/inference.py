@@ -185,10 +185,10 @@ def _to_reference(
         if probabilities is not None:
             probabilities[(*whole, 0)] = best.cpu().numpy()
         channel = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
-        for c, index in enumerate(indices.tolist()):
-            box = _box(posteriors[c] > _NEGLIGIBLE) if c else None
-            if box is None:
+        for c, box in enumerate(_boxes(posteriors)):
+            if box is None or c == 0:
                 continue
+            index = int(indices[c])
             target = reference_box(box, grid, shape)
             p = from_grid(posteriors[c], grid, target)
             volumes[index] = float(p.sum(dtype=torch.float64)) * voxel
@@ -201,14 +201,29 @@ def _to_reference(
             better = p > best[here]
             channel[here].masked_fill_(better, c)
             torch.maximum(best[here], p, out=best[here])
-        labels[whole] = indices[channel.cpu().numpy()]
-        uncertainty[whole] = 1 - best.cpu().numpy()
-        for c, index in enumerate(indices.tolist()):
-            inside = channel == c
-            if bool(inside.any()):
-                confidence[index] = float(best[inside].mean(dtype=torch.float64))
+        channels, sureness = channel.cpu().numpy(), best.cpu().numpy()
+        labels[whole] = indices[channels]
+        uncertainty[whole] = 1 - sureness
+        count = np.bincount(channels.ravel(), minlength=len(indices))
+        total = np.bincount(channels.ravel(), sureness.ravel(), len(indices))
+        for index, n, sum_ in zip(indices.tolist(), count, total, strict=True):
+            if n:
+                confidence[index] = float(sum_ / n)
     volumes[0] = float(np.prod(shape)) * voxel - sum(volumes.values())
     return labels, uncertainty, probabilities, volumes, confidence
+
+
+def _boxes(posteriors: Tensor) -> list[tuple[slice, ...] | None]:
+    """Where each channel of (C, *size) is more than negligible."""
+    along_last, along_first = posteriors.amax(3), posteriors.amax(1)
+    profiles = (along_last.amax(2), along_last.amax(1), along_first.amax(1))
+    used = [(p > _NEGLIGIBLE).cpu().numpy() for p in profiles]
+    boxes: list[tuple[slice, ...] | None] = []
+    for c in range(len(posteriors)):
+        ends = [np.flatnonzero(u[c]) for u in used]
+        found = all(len(e) for e in ends)
+        boxes.append(tuple(slice(int(e[0]), int(e[-1]) + 1) for e in ends) if found else None)
+    return boxes
 
 
 def _box(mask: Tensor) -> tuple[slice, ...] | None:

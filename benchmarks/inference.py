@@ -23,7 +23,9 @@ import torch
 from babyseg_bids.network import load_model, segment
 from babyseg_bids.network.layers import GroupConv
 from babyseg_bids.network.unet import GroupUNet, official_config, official_network
-from babyseg_bids.synthesis.atlas import load_atlas, sample_label_map
+from babyseg_bids.synthesis.finetune import drawn_brains
+from babyseg_bids.synthesis.generator import draw_sample
+from babyseg_bids.synthesis.settings import load_settings, update
 
 OFFICIAL = {'dim': 3, 'out': 22, 'enc': [1] + [64] * 5, 'dec': [64] * 6, 'add': [], 'rep': 2}
 HEAD = (180, 220, 180)
@@ -57,20 +59,21 @@ class Plain(torch.nn.Module):
 
 
 def head(scans: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """A 1 mm head that never was, in some contrasts: images and affines."""
-    labels, _ = sample_label_map(load_atlas(), 12.0, seed=1)
-    image = np.zeros(HEAD, np.float32)
-    part = tuple(slice(0, min(a, b)) for a, b in zip(HEAD, labels.shape, strict=True))
-    image[part] = labels[part]
-    values, inverse = np.unique(image, return_inverse=True)
-    rng = np.random.default_rng(0)
-    out = []
-    for _ in range(scans):
-        levels = rng.uniform(50, 200, len(values)).astype(np.float32)
-        levels[0] = 20
-        picture = levels[inverse].reshape(HEAD) + rng.normal(0, 5, HEAD).astype(np.float32)
-        out.append((picture, np.eye(4)))
-    return out
+    """A synthetic 1 mm whole head of twelve months in some contrasts: images and affines."""
+    shares = tuple(float(i == scans - 1) for i in range(4))
+    settings = update(
+        load_settings(),
+        {
+            'size': HEAD,
+            'spacing': 1.0,
+            'group_shares': shares,
+            'contrast': {'shares': (0.0, 0.0, 0.0, 1.0)},
+            'anatomy': {'translation': 0.0, 'rotation_deg': 0.0, 'scale_infant': (0.9, 0.9)},
+            'surroundings': {'head_probability': 1.0, 'crop_probability': 0.0},
+        },
+    )
+    sample = draw_sample(drawn_brains([(12.0, 1)]), seed=1, settings=settings)
+    return [(1000 * image.numpy(), np.eye(4)) for image in sample.images]
 
 
 def official_weights() -> dict[str, torch.Tensor]:

@@ -1,0 +1,93 @@
+"""What a step of the training costs: seconds a sample and peak memory.
+
+Each row is measured in a process of its own. Rows differ from the first, the reference, in one
+thing: two samples at once, the activations computed twice instead of kept (`--checkpointing`),
+bfloat16, three scans, or the refinement. Images are random numbers; drawing synthetic ones is
+measured in `synthesis.py`.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from babyseg_bids.synthesis.train import Stage, Trainer, TrainingPlan
+from babyseg_bids.synthesis.train_cli import MALLOC
+
+SIZE = (64, 80, 64)
+ROWS = {
+    'one sample of one scan': {},
+    'two samples': {'batch': 2},
+    'checkpointing': {'checkpointing': True},
+    'two samples, checkpointing': {'batch': 2, 'checkpointing': True},
+    'bfloat16': {'bfloat16': True},
+    'three scans': {'scans': 3},
+    'three scans, checkpointing': {'scans': 3, 'checkpointing': True},
+    'with the refinement': {'fine': True},
+    'with the refinement, checkpointing': {'fine': True, 'checkpointing': True},
+}
+
+
+def measure(
+    threads: int,
+    *,
+    batch: int = 1,
+    scans: int = 1,
+    fine: bool = False,
+    checkpointing: bool = False,
+    bfloat16: bool = False,
+) -> dict[str, float]:
+    """Best seconds a sample of three steps, and what they added to the process's memory, GiB."""
+    torch.set_num_threads(threads)
+    size = tuple(2 * n for n in SIZE) if fine else SIZE
+    stage = Stage(1.0 if fine else 2.0, size, 10, batch, fine)  # type: ignore[arg-type]
+    plan = TrainingPlan((stage,), checkpointing=checkpointing, bfloat16=bfloat16)
+    images = torch.rand(batch, scans, *size)
+    target = torch.randint(0, plan.network.labels, (batch, *size))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(plan, Path(folder))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        seconds = []
+        for _ in range(3):
+            began = time.process_time()
+            trainer.train_step(images, target)
+            seconds.append(time.process_time() - began)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {'seconds': min(seconds) / batch, 'peak': peak / 2**20}
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--row', choices=ROWS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.row:
+        print(json.dumps(measure(args.threads, **ROWS[args.row])))
+        return
+    print(f'{"x".join(map(str, SIZE))} voxels at 2 mm, {args.threads} threads')
+    reference = None
+    for row in ROWS:
+        command = [sys.executable, __file__, '--row', row, '--threads', str(args.threads)]
+        out = subprocess.run(
+            command, check=True, capture_output=True, text=True, env={**os.environ, **MALLOC}
+        )
+        found = json.loads(out.stdout.splitlines()[-1])
+        reference = reference or found
+        slower, larger = (found[k] / reference[k] for k in ('seconds', 'peak'))
+        print(
+            f'{row:35s} {found["seconds"]:6.2f} CPU s a sample  x{slower:.2f}'
+            f'   {found["peak"]:5.2f} GiB  x{larger:.2f}',
+            flush=True,
+        )
+
+
+if __name__ == '__main__':
+    main()

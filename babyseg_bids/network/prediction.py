@@ -12,6 +12,7 @@ from torch import Tensor
 
 from babyseg_bids.network.device import cpu_prefers_bfloat16
 from babyseg_bids.network.layers import halve
+from babyseg_bids.network.tissue import redistribute
 from babyseg_bids.network.unet import CoarseResult, GroupUNet
 from babyseg_bids.network.weights import Model
 from babyseg_bids.resources import GIB, memory_limit
@@ -179,10 +180,12 @@ def _predict(
         if network.fine:
             del coarse
             posteriors = _refine(scans, results, near, model)
+            box = _doubled(box)
         else:
             posteriors = coarse[(slice(None), *box)].contiguous()
-        box = _shifted(box, part)
-        box = _doubled(box) if network.fine else box
+    # In full precision, since variances are small differences.
+    redistribute(posteriors, scans[(slice(None), *box)], model.labels, spacing=model.spacing)
+    box = _shifted(box, _doubled(part) if network.fine else part)
     return Prediction(posteriors, box, weights, turned=view == _BACK, device=device)
 
 

@@ -1,0 +1,116 @@
+"""White matter and cortex told apart once more, by the scans' own intensities.
+
+The network's posteriors are the prior of a mixture of two Gaussians whose means and common
+variance vary slowly over the brain (Van Leemput et al., IEEE TMI 18(10), 1999, without the field
+of the scanner, which local means make unnecessary). Thin gyral white matter that a coarse network
+blurs comes back where a scan shows it. Where a scan shows no contrast both likelihoods are alike
+and nothing changes, and the two tissues of a hemisphere only exchange probability: every other
+structure, the brain's outline and the sides stay as they are.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from babyseg_bids.labels import LabelTable
+from babyseg_bids.network.grid import blur
+
+# White matter and cortex of each hemisphere.
+PAIRS = ((2, 3), (41, 42))
+# Deviation of the window in which means and variance are estimated, mm.
+WINDOW = 8.0
+# Rounds in which the tissues of the window are estimated anew, on half the resolution.
+ROUNDS = 3
+# The scans together change the odds by no more than this factor: the network has seen the
+# intensities, too, and fluid in a sulcus may look like white matter.
+MOST = 10.0
+# Likelihood of what neither tissue explains, relative to the peak of a Gaussian.
+OUTLIER = 0.05
+# Smallest deviation of the intensities, of their range 0..1.
+LEAST_DEVIATION = 0.03
+# How much the means of the whole brain count in a window, voxels of it.
+_ANCHOR = 0.05
+
+
+def redistribute(
+    posteriors: Tensor, scans: Tensor, labels: LabelTable, /, *, spacing: float
+) -> None:
+    """Exchange probability between white matter and cortex, in place.
+
+    Parameters
+    ----------
+    posteriors : (C, *size), background first
+    scans : (G, *size) in 0..1, on the same voxels
+    spacing : of the voxels, mm
+    """
+    numbers = labels.indices.tolist()
+    if not all(n in numbers for pair in PAIRS for n in pair) or min(posteriors.shape[1:]) < 2:
+        return
+    channels = [(numbers.index(a), numbers.index(b)) for a, b in PAIRS]
+    white, cortex = (posteriors[list(c)].sum(0) for c in zip(*channels, strict=True))
+    factor = _likelihood_ratio(white, cortex, scans, sigma=WINDOW / (2 * spacing)).exp_()
+    for a, b in channels:
+        total = posteriors[a] + posteriors[b]
+        odds = posteriors[a] * factor
+        posteriors[a] = total * odds / (odds + posteriors[b]).clamp_min_(1e-12)
+        posteriors[b] = total - posteriors[a]
+
+
+def _likelihood_ratio(white: Tensor, cortex: Tensor, scans: Tensor, *, sigma: float) -> Tensor:
+    """Logarithm of how much likelier white matter is, (*size), from the priors (*size)."""
+    coarse = [_halved(x) for x in (white, cortex, *scans)]
+    prior, both = coarse[0], coarse[0] + coarse[1]
+    odds = prior / coarse[1].clamp_min(1e-6)
+    share = prior
+    for _ in range(ROUNDS):
+        fields = [_fields(share, both, x, sigma=sigma) for x in coarse[2:]]
+        ratio = _bounded(zip(coarse[2:], fields, strict=True))
+        changed = odds * ratio.exp()
+        share = both * changed / (1 + changed)
+    fields = [_fields(share, both, x, sigma=sigma) for x in coarse[2:]]
+    size = white.shape
+    return _bounded(
+        (x, [_doubled(f, size) for f in each]) for x, each in zip(scans, fields, strict=True)
+    )
+
+
+def _fields(share: Tensor, both: Tensor, x: Tensor, *, sigma: float) -> list[Tensor]:
+    """Local means of white matter and of cortex, and twice the variance of both in common."""
+    sums = []
+    for weight in (share, both - share):
+        moments = [weight, weight * x, weight * x.square()]
+        whole = [m.sum() for m in moments]
+        anchor = [_ANCHOR * m / whole[0].clamp_min(1e-6) for m in whole]
+        sums.append([blur(m, [sigma] * 3) + a for m, a in zip(moments, anchor, strict=True)])
+    (n, first, second), (m, first_, second_) = sums
+    white, cortex = first / n.clamp_min(1e-6), first_ / m.clamp_min(1e-6)
+    spread = second - n * white.square() + second_ - m * cortex.square()
+    variance = (spread / (n + m).clamp_min(1e-6)).clamp_min(LEAST_DEVIATION**2)
+    return [white, cortex, 2 * variance]
+
+
+def _bounded(scans: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> Tensor:
+    """The log likelihood ratios of scans and their fields together, as far as `MOST` allows."""
+    ratios = []
+    for x, (white, cortex, variance) in scans:
+        likelihoods = [
+            (x - mean).square_().div_(variance).neg_().exp_().add_(OUTLIER)
+            for mean in (white, cortex)
+        ]
+        ratios.append((likelihoods[0] / likelihoods[1]).log_())
+    limit = math.log(MOST)
+    return torch.stack(ratios).sum(0).clamp_(-limit, limit)
+
+
+def _halved(x: Tensor) -> Tensor:
+    """The mean of 2-wide blocks of (*size); an odd last voxel is a block of its own."""
+    return F.avg_pool3d(x[None], 2, ceil_mode=True, count_include_pad=False)[0]
+
+
+def _doubled(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Twice the resolution, linearly, without what goes beyond the size."""
+    full = F.interpolate(x[None, None], scale_factor=2, mode='trilinear', align_corners=False)
+    return full[0, 0, : size[0], : size[1], : size[2]]

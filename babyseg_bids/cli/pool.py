@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from tempfile import gettempdir
-from traceback import format_exception, format_exception_only
+from traceback import format_exc, format_exception, format_exception_only
 from typing import Any
 
 from nipype import config
@@ -69,6 +69,8 @@ class SessionPool(MultiProcPlugin):
     explain : callable
         From the exit code of a dead worker (negative for a signal), or None when it is unknown, to
         a sentence for the user.
+    keep_crash : callable
+        Takes the name of a step that failed and its traceback when neither can be written.
     logging_level : str
         Of Nipype inside the workers.
     """
@@ -79,11 +81,13 @@ class SessionPool(MultiProcPlugin):
         *,
         workers: int,
         explain: Callable[[int | None], str],
+        keep_crash: Callable[[str, str], None],
         logging_level: str = 'ERROR',
     ) -> None:
         super().__init__(plugin_args=dict(plugin_args))
         self._workers = workers
         self._explain = explain
+        self._keep_crash = keep_crash
         self._logging_level = logging_level
         self._jobs: dict[int, tuple[Any, bool]] = {}
         self._futures: dict[int, Future[Any]] = {}
@@ -171,6 +175,15 @@ class SessionPool(MultiProcPlugin):
                 wanted = wanted[:place]
                 break
         return wanted[: max(0, self._workers - len(self.pending_tasks))]
+
+    def _report_crash(self, node: Any, result: dict[str, Any] | None = None) -> str | None:
+        """Write a crash file; a full disk must not take the other sessions with it."""
+        try:
+            return super()._report_crash(node, result)
+        except OSError:
+            lines = (result or {}).get('traceback') or format_exc()
+            self._keep_crash(node.fullname, ''.join(lines))
+            return None
 
     def _replace_pool(self) -> None:
         """Blame the one step that was in the broken pool, or have all try again one by one."""

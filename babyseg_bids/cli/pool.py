@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
 from tempfile import gettempdir
 from traceback import format_exc, format_exception, format_exception_only
 from typing import Any
@@ -41,6 +43,9 @@ def start_worker(folder: str, parent: int, logging_level: str, monitor: bool) ->
     os.chdir(folder)
     # Ctrl-C reaches every process of the terminal; the parent alone decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # When memory runs out, the system shall end a worker: the parent can say so and go on.
+    with suppress(OSError):
+        Path('/proc/self/oom_score_adj').write_text('500')
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     quieten(logging_level)
     if monitor:

@@ -15,7 +15,7 @@ from babyseg_bids.settings import Settings
 # Left in each work folder that babyseg makes, so that it only ever deletes its own.
 MARKER = '.made-by-babyseg'
 # One file for each run under way: jobs of a cluster share one work folder. Each run holds a lock
-# on its file, which the system takes back when the run is killed: the file then counts for nothing.
+# on its file; the system takes it back when the run is killed, and the file counts for nothing.
 RUNS = '.runs'
 # Held while a run adds its file and while the last one deletes the folder.
 DOOR = 'door'

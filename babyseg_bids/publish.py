@@ -91,7 +91,7 @@ def publish_session(
             temporary.replace(target)
     except OSError as e:
         raise OutputError(
-            f'{e.filename or output} cannot be written ({e.strerror}); check permissions and free '
+            f'{e.filename2 or e.filename or output} cannot be written ({e.strerror}); check permissions and free '
             'space, then run again: finished sessions are kept.'
         ) from e
     finally:

@@ -67,7 +67,8 @@ def crash_files(settings: Settings, /) -> list[Path]:
 def read_crashes(settings: Settings, /) -> list[Crash]:
     """All crashes of this run."""
     written = [parse_crash(f.read_text(errors='replace'), f) for f in crash_files(settings)]
-    crashes = [*written, *_unwritten.get(settings.run_uuid, ())]
+    # Those come first: half a report of the same crash may be on the disk.
+    crashes = [*_unwritten.get(settings.run_uuid, ()), *written]
     return [replace(crash, reason=in_words(crash.reason, settings)) for crash in crashes]
 
 

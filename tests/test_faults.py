@@ -356,7 +356,7 @@ def write_bad_scans(root: Path) -> None:
     write_image(t1w(root, 'micrometres'), head(2), (6000.0, 6000.0, 6000.0))
     big = nib.load(t1w(root, 'size'))
     raw = bytearray(big.header.binaryblock) + bytes(4) + big.get_fdata().astype('i2').tobytes()
-    raw[42:48] = np.array([200, 200, 200], '<i2').tobytes()
+    raw[42:48] = np.array([60, 60, 60], '<i2').tobytes()
     t1w(root, 'size').unlink()
     t1w(root, 'size').with_suffix('').write_bytes(raw)
     t1w(root, 'loop').parent.mkdir(parents=True)

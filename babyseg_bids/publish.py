@@ -90,9 +90,11 @@ def publish_session(
                 _remove_old(session, record.parent, drafts)
             temporary.replace(target)
     except OSError as e:
+        # Of a copy, the second name is that of the file that could not be written.
+        path = e.filename2 or e.filename or output
         raise OutputError(
-            f'{e.filename2 or e.filename or output} cannot be written ({e.strerror}); check permissions and free '
-            'space, then run again: finished sessions are kept.'
+            f'{path} cannot be written ({e.strerror}); check permissions and free space, then run '
+            'again: finished sessions are kept.'
         ) from e
     finally:
         for temporary in drafts.values():

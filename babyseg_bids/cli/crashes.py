@@ -17,6 +17,7 @@ _NO_MEMORY = re.compile(
     r"\b_?(?:Array)?MemoryError\b|[Cc]annot allocate memory|can't allocate memory|bad_alloc"
     r"|can't start new thread"
 )
+_NO_RESULTS = re.compile(r'FileNotFoundError: .*result_\w+\.pklz')
 # Reports of this process that could not be written, by run.
 _unwritten: dict[str, list['Crash']] = {}
 # The last line of a traceback: a dotted name of a class, and the message.
@@ -100,9 +101,17 @@ def crash_reason(text: str, /) -> str:
     Nipype puts the traceback of the interface, indented, into the message of its own exception.
     The sentences of babyseg's own errors stand for themselves; other errors keep their name.
     """
-    start = text.rfind(_BEGIN)
-    if start < 0:
+    starts = [match.start() for match in re.finditer(re.escape(_BEGIN), text)]
+    if not starts:
         return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), '')
+    reasons = [_raised(text, start) for start in starts]
+    # That a step left no results follows from what stopped it, which stands before.
+    causes = [reason for reason in reasons if not _NO_RESULTS.match(reason)]
+    return (causes or reasons)[-1]
+
+
+def _raised(text: str, start: int) -> str:
+    """The exception at the end of the traceback that begins at `start`."""
     # The beginning of the line counts: its indentation is that of the whole traceback.
     lines = text[text.rfind('\n', 0, start) + 1 :].splitlines()
     for line in lines[1:]:

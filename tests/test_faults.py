@@ -181,7 +181,8 @@ def test_refused_memory_is_explained_with_estimate_and_limit(tmp_path: Path) -> 
         'MemoryError',
         '_ArrayMemoryError: Unable to allocate 1.00 GiB for an array with shape (9,)',
         "RuntimeError: alloc_cpu.cpp:127 DefaultCPUAllocator: can't allocate memory: you tried",
-        'ImportError: libx.so: failed to map segment: Cannot allocate memory',
+        'ImportError: libtorch_cpu.so: failed to map segment from shared object',
+        'ImportError: libx.so: failed to map segment from shared object: Cannot allocate memory',
     ):
         # Free memory, which may be the limit, changes between two looks.
         now = crashes.in_words(reason, settings)

@@ -15,7 +15,7 @@ from babyseg_bids.settings import Settings
 # What the libraries say when an allocation is refused; a graphics card is another matter.
 _NO_MEMORY = re.compile(
     r"\b_?(?:Array)?MemoryError\b|[Cc]annot allocate memory|can't allocate memory|bad_alloc"
-    r"|can't start new thread"
+    r"|can't start new thread|failed to map segment from shared object(?!: [^C])"
 )
 _NO_RESULTS = re.compile(r'FileNotFoundError: .*result_\w+\.pklz')
 # Reports of this process that could not be written, by run.

@@ -75,7 +75,37 @@ def no_description(path: Path, /) -> str:
 
 def output_unwritable(path: Path, reason: str, /) -> str:
     """The output or work folder cannot be written."""
-    return f'Cannot write to {path} ({reason}). Choose another folder or change its permissions.'
+    what = 'Free space there or choose another folder.'
+    if not is_full(reason):
+        what = 'Choose another folder or change its permissions.'
+    return f'Cannot write to {path} ({reason}). {what}'
+
+
+def is_full(reason: str, /) -> bool:
+    """Whether the system's words say that a disk or a quota is used up."""
+    return 'no space left' in reason.lower() or 'quota exceeded' in reason.lower()
+
+
+def disk_full(output: Path, work: Path, /) -> str:
+    """A step found no room; which file it was about to write, the system does not tell."""
+    return (
+        f'The disk is full (no space left on device): free space in {work} and {output}, or give '
+        'another work folder with --work-dir, then run again; finished sessions are kept.'
+    )
+
+
+def memory_short(need_gb: float, limit_gb: float, source: str, /) -> str:
+    """An allocation was refused."""
+    return (
+        f'Memory ran out: a session needs about {need_gb:.0f} GB and the limit is {limit_gb:.1f} '
+        f'GB ({source}). Give more memory, or run fewer sessions side by side with --nprocs or '
+        '--low-mem.'
+    )
+
+
+def record_unwritten(reason: str, /) -> str:
+    """The note for the group level about sessions without results is missing."""
+    return f'The group level will not know of the sessions below: {reason}'
 
 
 def image_missing(path: Path, /) -> str:

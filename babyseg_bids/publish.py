@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,7 +16,17 @@ Content = Path | str | Mapping[str, Any]
 
 
 def put(content: Content, target: Path, /) -> None:
-    """Write a file that appears when it is complete.
+    """Write a file that appears when it is complete; see `draft`."""
+    temporary = draft(content, target)
+    try:
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def draft(content: Content, target: Path, /) -> Path:
+    """Write what is to become a file beside its place, under a hidden name.
 
     Parameters
     ----------
@@ -29,9 +40,10 @@ def put(content: Content, target: Path, /) -> None:
         else:
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + '\n'
             temporary.write_text(text, 'utf-8')
-        temporary.replace(target)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+    return temporary
 
 
 def publish_session(
@@ -42,6 +54,9 @@ def publish_session(
     /,
 ) -> Path:
     """Put a session's files in place, its ledger last.
+
+    All are written before the first one gets its name: when the disk is full, earlier results of
+    the session stay as they are.
 
     What an earlier run left for this session and this one does not write is removed, above all a
     label map in the space of another reference: two confuse programs that read them.
@@ -62,19 +77,41 @@ def publish_session(
     """
     names = Names(session)
     record = output / names.ledger
+    drafts: dict[Path, Path] = {}
     try:
+        _remove_drafts(session, [record, *(output / name for name in files)])
+        for name, content in files.items():
+            drafts[output / name] = draft(content, output / name)
+        drafts[record] = draft({**ledger, 'outputs': list(files)}, record)
         # Without its record the session counts as not done until everything is in place.
         record.unlink(missing_ok=True)
-        for name, content in files.items():
-            put(content, output / name)
-        written = {output / name for name in files}
-        for old in (output / names.folder).glob(f'{session.name}_*'):
-            if old not in written:
-                old.unlink()
-        put({**ledger, 'outputs': list(files)}, record)
+        for target, temporary in drafts.items():
+            if target == record:
+                _remove_old(session, record.parent, drafts)
+            temporary.replace(target)
     except OSError as e:
+        # Of a copy, the second name is that of the file that could not be written.
+        path = e.filename2 or e.filename or output
         raise OutputError(
-            f'{e.filename or output} cannot be written ({e.strerror}); check permissions and free '
-            'space, then run again: finished sessions are kept.'
+            f'{path} cannot be written ({e.strerror}); check permissions and free space, then run '
+            'again: finished sessions are kept.'
         ) from e
+    finally:
+        for temporary in drafts.values():
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
     return record
+
+
+def _remove_drafts(session: SessionInputs, targets: Iterable[Path]) -> None:
+    """Remove what a run that was killed left of this session under hidden names."""
+    for folder in {target.parent for target in targets}:
+        for separator in '_.':
+            for old in folder.glob(f'.{session.name}{separator}*'):
+                old.unlink(missing_ok=True)
+
+
+def _remove_old(session: SessionInputs, folder: Path, written: Container[Path]) -> None:
+    for old in folder.glob(f'{session.name}_*'):
+        if old not in written:
+            old.unlink()

@@ -6,6 +6,7 @@ control groups (version 1 and 2), the processor affinity and what SLURM put into
 
 import os
 import re
+import resource
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import floor
@@ -85,8 +86,9 @@ def cpu_limit(root: Path = _ROOT, environ: Mapping[str, str] = os.environ) -> Li
 
 
 def memory_limit(root: Path = _ROOT, environ: Mapping[str, str] = os.environ) -> Limit:
-    """Memory in GiB that this process may use before the system ends it."""
+    """Memory in GiB that this process may use before the system ends it or refuses more."""
     limits = [Limit(n / GIB, 'control group') for n in _cgroup_memory(root)]
+    limits += [Limit(n / GIB, 'ulimit -v') for n in _address_space()]
     limits += _slurm_memory(environ)
     info = _key_values(root / 'proc/meminfo')
     for key, source in (('MemTotal:', 'size of the machine'), ('MemAvailable:', 'free memory')):
@@ -136,6 +138,13 @@ def _affinity() -> int:
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _address_space() -> Iterator[int]:
+    """Bytes of addresses that this process may have; grid engines set it for their jobs."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        yield soft
 
 
 def _read(path: Path) -> str | None:

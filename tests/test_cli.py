@@ -586,6 +586,20 @@ def test_other_errors_keep_their_name(last: str, reason: str) -> None:
     assert crashes.crash_reason(OURS.replace(ours, last)) == reason
 
 
+def test_the_cause_is_told_and_not_that_a_step_left_no_results() -> None:
+    text = """Traceback (most recent call last):
+  File "tools.py", line 1, in savepkl
+OSError: [Errno 28] No space left on device
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "nodes.py", line 2, in result
+FileNotFoundError: /w/measure/result_measure.pklz
+"""
+    assert crashes.crash_reason(text) == 'OSError: [Errno 28] No space left on device'
+
+
 def test_steps_belong_to_the_session_with_the_longest_matching_name() -> None:
     sessions = [session('1'), session('1', 'A'), session('10'), session('1', 'AB')]
     names = {

@@ -179,12 +179,39 @@ def test_results_of_another_reference_are_removed(session, settings):
     assert [m.name for m in maps] == ['sub-01_ses-A_space-T2w_desc-aseg_dseg.nii.gz']
 
 
-def test_an_interrupted_publication_leaves_no_ledger(session, settings):
+def tree(folder):
+    return {p: p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+def test_results_that_cannot_be_written_leave_the_earlier_ones_as_they_were(session, settings):
     publish(session, settings)
+    before = tree(settings.output_dir)
     with pytest.raises(OutputError, match='cannot be written'):
         publish(session, settings, **{'sub-01/broken': Path('/nonexistent/file')})
+    assert tree(settings.output_dir) == before
+    assert is_done(session, settings.output_dir, settings)
+
+
+def test_a_publication_that_ends_between_two_files_leaves_no_ledger(session, settings):
+    publish(session, settings)
+    (settings.output_dir / 'sub-01/in-the-way').mkdir(parents=True)
+    with pytest.raises(OutputError, match='cannot be written'):
+        publish(session, settings, **{'sub-01/in-the-way': 'a file'})
     assert not is_done(session, settings.output_dir, settings)
-    assert not list(settings.output_dir.rglob('.*'))
+    assert not [p for p in tree(settings.output_dir) if p.name.startswith('.')]
+
+
+def test_drafts_of_a_killed_run_go_with_the_next_publication(session, settings):
+    publish(session, settings)
+    before = tree(settings.output_dir)
+    names = Names(session)
+    for name in (names.ledger, names.report, names.image('desc-aseg_dseg.nii.gz')):
+        path = settings.output_dir / name
+        path.with_name(f'.{path.name}.0123abcd').write_text('half')
+    other = settings.output_dir / '.sub-010_x.html.0123abcd'
+    other.write_text("another's")
+    publish(session, settings)
+    assert tree(settings.output_dir).keys() == {*before, other}
 
 
 def test_put_replaces_a_file_at_once(tmp_path):

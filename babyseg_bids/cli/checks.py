@@ -9,6 +9,9 @@ from babyseg_bids import messages
 from babyseg_bids.errors import NoInputError, OutputError, UsageError
 from babyseg_bids.settings import Settings
 
+# Beginning of the name of files that only test whether a folder can be written.
+PROBE = '.babyseg-write-test-'
+
 
 def reason(error: OSError, /) -> str:
     """Why an operation on a file failed, in the system's words."""
@@ -91,14 +94,16 @@ def check_writable(path: Path, /) -> list[Path]:
         When it cannot be done.
     """
     made: list[Path] = []
-    probe = path / f'.babyseg-write-test-{uuid.uuid4().hex}'
+    probe = path / f'{PROBE}{uuid.uuid4().hex}'
     try:
         for folder in (*reversed(path.parents), path):
             if not folder.exists():
                 folder.mkdir(exist_ok=True)
                 made.append(folder)
-        probe.write_text('test')
-        probe.unlink()
+        try:
+            probe.write_text('test')
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         remove_empty(made)
         raise OutputError(messages.output_unwritable(path, reason(error))) from error

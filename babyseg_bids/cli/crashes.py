@@ -4,12 +4,22 @@ import re
 import tempfile
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from babyseg_bids import messages
 from babyseg_bids.records import SessionInputs
+from babyseg_bids.resources import SESSION_GB, memory_limit
 from babyseg_bids.settings import Settings
 
+# What the libraries say when an allocation is refused; a graphics card is another matter.
+_NO_MEMORY = re.compile(
+    r"\b_?(?:Array)?MemoryError\b|[Cc]annot allocate memory|can't allocate memory|bad_alloc"
+    r"|can't start new thread|failed to map segment from shared object(?!: [^C])"
+)
+_NO_RESULTS = re.compile(r'FileNotFoundError: .*result_\w+\.pklz')
+# Reports of this process that could not be written, by run.
+_unwritten: dict[str, list['Crash']] = {}
 # The last line of a traceback: a dotted name of a class, and the message.
 _RAISED = re.compile(r'^\s*(?P<name>[A-Za-z_][\w.]*)(?:: (?P<text>.*))?$')
 _BEGIN = 'Traceback (most recent call last)'
@@ -22,7 +32,7 @@ class Crash:
 
     step: str
     reason: str
-    file: Path
+    file: Path | None
 
     @property
     def name(self) -> str:
@@ -57,7 +67,26 @@ def crash_files(settings: Settings, /) -> list[Path]:
 
 def read_crashes(settings: Settings, /) -> list[Crash]:
     """All crashes of this run."""
-    return [parse_crash(f.read_text(errors='replace'), f) for f in crash_files(settings)]
+    written = [parse_crash(f.read_text(errors='replace'), f) for f in crash_files(settings)]
+    # Those come first: half a report of the same crash may be on the disk.
+    crashes = [*_unwritten.get(settings.run_uuid, ()), *written]
+    return [replace(crash, reason=in_words(crash.reason, settings)) for crash in crashes]
+
+
+def keep_crash(run_uuid: str, step: str, traceback: str, /) -> None:
+    """Remember a crash whose report cannot be written, since the disk is full."""
+    crash = Crash(step, crash_reason(traceback), None)
+    _unwritten.setdefault(run_uuid, []).append(crash)
+
+
+def in_words(reason: str, settings: Settings, /) -> str:
+    """What to do about an error that is not babyseg's own, where that is known."""
+    if reason.startswith('OSError') and messages.is_full(reason):
+        return messages.disk_full(settings.output_dir, settings.work_root)
+    if _NO_MEMORY.search(reason):
+        limit = memory_limit()
+        return messages.memory_short(SESSION_GB, limit.amount, limit.source)
+    return reason
 
 
 def parse_crash(text: str, file: Path, /) -> Crash:
@@ -72,9 +101,17 @@ def crash_reason(text: str, /) -> str:
     Nipype puts the traceback of the interface, indented, into the message of its own exception.
     The sentences of babyseg's own errors stand for themselves; other errors keep their name.
     """
-    start = text.rfind(_BEGIN)
-    if start < 0:
+    starts = [match.start() for match in re.finditer(re.escape(_BEGIN), text)]
+    if not starts:
         return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), '')
+    reasons = [_raised(text, start) for start in starts]
+    # That a step left no results follows from what stopped it, which stands before.
+    causes = [reason for reason in reasons if not _NO_RESULTS.match(reason)]
+    return (causes or reasons)[-1]
+
+
+def _raised(text: str, start: int) -> str:
+    """The exception at the end of the traceback that begins at `start`."""
     # The beginning of the line counts: its indentation is that of the whole traceback.
     lines = text[text.rfind('\n', 0, start) + 1 :].splitlines()
     for line in lines[1:]:

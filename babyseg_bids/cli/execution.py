@@ -2,11 +2,12 @@
 
 import signal
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from babyseg_bids import messages
-from babyseg_bids.cli.crashes import session_of
+from babyseg_bids.cli.crashes import keep_crash, session_of
 from babyseg_bids.cli.environment import configure_nipype, logging_level
 from babyseg_bids.cli.traces import log_folder
 from babyseg_bids.errors import UsageError
@@ -114,6 +115,9 @@ def explain_death(limit: Limit, /) -> Callable[[int | None], str]:
         # The system's memory killer sends SIGKILL; so do cluster managers, for the same reason.
         if exit_code in (None, -signal.SIGKILL):
             return messages.memory_kill(SESSION_GB, limit.amount, limit.source)
+        # Libraries end a process when they are refused memory that they count on.
+        if limit.amount < SESSION_GB and exit_code < 0:
+            return messages.memory_kill(SESSION_GB, limit.amount, limit.source)
         return messages.worker_died(exit_code)
 
     return explain
@@ -155,6 +159,7 @@ def run_workflow(
         arguments,
         workers=shares.workers,
         explain=explain_death(memory),
+        keep_crash=partial(keep_crash, settings.run_uuid),
         logging_level=logging_level(settings.verbose),
     )
     try:

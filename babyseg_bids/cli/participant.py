@@ -12,7 +12,7 @@ from babyseg_bids.cli.environment import prepare_environment
 from babyseg_bids.cli.progress import duration, error_console
 from babyseg_bids.cli.scratch import scratch_folder
 from babyseg_bids.cli.verdicts import Fate, conclude, judge, record_verdicts, stamp
-from babyseg_bids.errors import NoInputError
+from babyseg_bids.errors import NoInputError, OutputError
 from babyseg_bids.records import SessionInputs
 from babyseg_bids.settings import Settings
 
@@ -59,8 +59,15 @@ def _run(settings: Settings, out: Console) -> int:
     sessions, fates, before = _segment_all(search, settings, out)
     if all(fate == messages.SKIPPED for fate in fates.values()):
         out.print(messages.NOTHING_TO_DO)
+        if settings.scratch.exists():
+            # A run that was killed when all was done leaves its work folder.
+            with scratch_folder(settings):
+                pass
     verdicts = judge(sessions, fates, before, settings)
-    record_verdicts(verdicts, settings)
+    try:
+        record_verdicts(verdicts, settings)
+    except OutputError as error:
+        out.print(f'Warning: {messages.record_unwritten(str(error))}', style='yellow')
     return conclude(sessions, verdicts, settings, out)
 
 

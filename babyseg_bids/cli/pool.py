@@ -14,8 +14,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
 from tempfile import gettempdir
-from traceback import format_exception, format_exception_only
+from traceback import format_exc, format_exception, format_exception_only
 from typing import Any
 
 from nipype import config
@@ -41,6 +43,9 @@ def start_worker(folder: str, parent: int, logging_level: str, monitor: bool) ->
     os.chdir(folder)
     # Ctrl-C reaches every process of the terminal; the parent alone decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # When memory runs out, the system shall end a worker: the parent can say so and go on.
+    with suppress(OSError):
+        Path('/proc/self/oom_score_adj').write_text('500')
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     quieten(logging_level)
     if monitor:
@@ -69,6 +74,8 @@ class SessionPool(MultiProcPlugin):
     explain : callable
         From the exit code of a dead worker (negative for a signal), or None when it is unknown, to
         a sentence for the user.
+    keep_crash : callable
+        Takes the name of a step that failed and its traceback when neither can be written.
     logging_level : str
         Of Nipype inside the workers.
     """
@@ -79,11 +86,13 @@ class SessionPool(MultiProcPlugin):
         *,
         workers: int,
         explain: Callable[[int | None], str],
+        keep_crash: Callable[[str, str], None],
         logging_level: str = 'ERROR',
     ) -> None:
         super().__init__(plugin_args=dict(plugin_args))
         self._workers = workers
         self._explain = explain
+        self._keep_crash = keep_crash
         self._logging_level = logging_level
         self._jobs: dict[int, tuple[Any, bool]] = {}
         self._futures: dict[int, Future[Any]] = {}
@@ -171,6 +180,15 @@ class SessionPool(MultiProcPlugin):
                 wanted = wanted[:place]
                 break
         return wanted[: max(0, self._workers - len(self.pending_tasks))]
+
+    def _report_crash(self, node: Any, result: dict[str, Any] | None = None) -> str | None:
+        """Write a crash file; a full disk must not take the other sessions with it."""
+        try:
+            return super()._report_crash(node, result)
+        except OSError:
+            lines = (result or {}).get('traceback') or format_exc()
+            self._keep_crash(node.fullname, ''.join(lines))
+            return None
 
     def _replace_pool(self) -> None:
         """Blame the one step that was in the broken pool, or have all try again one by one."""

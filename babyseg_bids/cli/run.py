@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of the output (`head`) is gone; Python would complain once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
+    except MemoryError:
+        return _report_memory()
     except Exception as error:  # noqa: BLE001 - the last place where a bug can become a sentence.
         return _report_bug(error, settings)
 
@@ -66,6 +68,14 @@ def _run(settings: Settings, job: Submission | None, words: Sequence[str]) -> in
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+def _report_memory() -> int:
+    from babyseg_bids.resources import SESSION_GB, memory_limit
+
+    limit = memory_limit()
+    _say(messages.memory_short(SESSION_GB, limit.amount, limit.source))
+    return FAILURE
 
 
 def _report_bug(error: Exception, settings: Settings | None) -> int:

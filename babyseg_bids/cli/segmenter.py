@@ -7,12 +7,14 @@ are read right before it runs: the first of ten thousand sessions begins as soon
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from traceback import format_exception
 from types import TracebackType
 
 from rich.console import Console
 
 from babyseg_bids import messages
 from babyseg_bids.cli import execution, traces
+from babyseg_bids.cli.crashes import keep_crash, node_key
 from babyseg_bids.cli.environment import prepare_environment
 from babyseg_bids.cli.progress import Progress, Tracker
 from babyseg_bids.cli.scratch import forget, prepare_scratch, release_scratch
@@ -91,6 +93,11 @@ class Segmenter:
         error = execution.run_workflow(
             workflow, settings, self._shares, self._memory, self._progress.callback
         )
+        if isinstance(error, OSError):
+            # It met Nipype between two steps, and none of these sessions went on.
+            lines = ''.join(format_exception(error))
+            for session in sessions:
+                keep_crash(settings.run_uuid, f'{node_key(session)}.schedule', lines)
         if settings.resource_monitor and not traces.keep_resource_record(
             workflow, settings, self._number
         ):

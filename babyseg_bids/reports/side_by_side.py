@@ -78,16 +78,14 @@ def upright(centres: Mapping[int, np.ndarray], /) -> np.ndarray:
     return max(proper, key=lambda turn: float((turn * body).sum()))
 
 
-def _half_widths(
-    maps: Sequence[tuple[np.ndarray, np.ndarray]], middle: np.ndarray, step: int = 2
-) -> np.ndarray:
+def _half_widths(maps: Sequence[tuple[np.ndarray, np.ndarray]], middle: np.ndarray) -> np.ndarray:
     """How far the labels reach from a point along each axis of the world, whole mm."""
     half = np.zeros(3)
     for labels, affine in maps:
-        voxels = np.argwhere(labels[::step, ::step, ::step] > 0) * step
-        if len(voxels):
-            points = voxels @ affine[:3, :3].T + affine[:3, 3]
-            half = np.maximum(half, np.abs(points - middle).max(axis=0))
+        points = np.argwhere(labels > 0) @ affine[:3, :3].T + affine[:3, 3]
+        # Half a voxel more: the points are the voxels' centres.
+        reach = np.abs(points - middle).max(axis=0, initial=0)
+        half = np.maximum(half, reach + np.abs(affine[:3, :3]).max() / 2)
     return np.minimum(np.ceil(half) + MARGIN_MM, MAX_HALF_MM).astype(int)
 
 

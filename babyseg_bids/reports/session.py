@@ -25,6 +25,7 @@ from babyseg_bids.qc_flags import LIMITS
 from babyseg_bids.records import Flag, SessionInputs
 from babyseg_bids.reports import figures as fig
 from babyseg_bids.reports import wording as say
+from babyseg_bids.reports.against_age import AgainstAge, against_age, group_table_of
 from babyseg_bids.reports.files import render, unique_flags, write_atomic
 from babyseg_bids.reports.review import places_to_review
 from babyseg_bids.reports.viewer import viewer_code, viewer_data
@@ -433,6 +434,14 @@ def _further_rows(morph: pd.DataFrame, table: LabelTable) -> tuple[list[str], li
     return names, rows
 
 
+def _against_age(data: SessionReportData) -> AgainstAge | None:
+    """The session's volumes against age."""
+    known = data.morph.dropna(subset=['volume-mm3'])
+    volumes = dict(zip(known['index'].astype(int), known['volume-mm3'], strict=True))
+    table = group_table_of(data.labels)
+    return against_age(volumes, data.inputs.age.months, table, data.inputs.name)
+
+
 def write_session_report(path: str | os.PathLike[str], data: SessionReportData, /) -> None:
     """Write the page of a session, with everything that it shows inside it.
 
@@ -479,6 +488,8 @@ def write_session_report(path: str | os.PathLike[str], data: SessionReportData, 
         tissues=tissues,
         tissue_scale=tissue_scale,
         structures=_structure_rows(data.morph, table),
+        aged=_against_age(data),
+        age=say.age_text(data.inputs.age),
         further_names=further[0],
         further=further[1],
         quality=_quality_rows(data),

@@ -139,9 +139,9 @@ def _fitted(path: Path, *_: int) -> dict[str, GrowthCurve]:
     return {name: curve for name, curve in found.items() if curve}
 
 
-def _drawn(curve: GrowthCurve, points: Sequence[Point]) -> list[tuple[float, float]]:
-    """Points (months, mL) of a curve over the ages of a chart, where it is defined."""
-    months = np.linspace(min(p.x for p in points), max(p.x for p in points), 40)
+def drawn_curve(curve: GrowthCurve, first: float, last: float, /) -> list[tuple[float, float]]:
+    """Points (months, mL) of a curve between two ages, where it is defined."""
+    months = np.linspace(first, last, 40)
     values = curve.at(months) / 1000
     return [(float(m), float(v)) for m, v in zip(months, values, strict=True) if np.isfinite(v)]
 
@@ -221,6 +221,7 @@ def _trajectories(
         if name not in points:
             continue
         found = points[name]
+        ages = [p.x for p in found]
         unit = say.UNITS[DERIVED[name][0]] if name in DERIVED else 'mL'
         curve = curves.get(name)
         chart = growth_chart(
@@ -228,7 +229,7 @@ def _trajectories(
             unit,
             found,
             'Age (months)',
-            _drawn(curve, found) if curve else (),
+            drawn_curve(curve, min(ages), max(ages)) if curve else (),
         )
         if chart:
             charts[name in structures].append(chart)

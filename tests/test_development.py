@@ -12,6 +12,7 @@ from scipy.spatial.transform import Rotation
 from babyseg_bids import calculate_developmental_metrics, generate_development_report
 from babyseg_bids.errors import InputError, OutputError
 from babyseg_bids.longitudinal import CURVE_SESSIONS, fit_growth_curve
+from babyseg_bids.reports.published import beside_published, published_growth
 from babyseg_bids.reports.side_by_side import aligned_pictures, rigid_between, upright
 
 
@@ -151,3 +152,17 @@ def test_a_thickness_that_no_cortex_has_is_said_to_be_unusable(metrics, tmp_path
     thick.sessions.loc['ses-B', 'Mean cortical thickness'] = 3.0
     page = generate_development_report(thick, tmp_path / 'x.html').read_text()
     assert 'Do not use area, thickness and gyrification of ses-A:' in page
+
+
+def test_published_growth_stands_beside_a_childs_own_over_the_same_ages_only():
+    for growth in published_growth():
+        assert growth.url.startswith('https://')
+        assert growth.months[0] < growth.months[1]
+    rows = [{'Segmented brain': 400.0}, {'Segmented brain': 800.0}, {'Segmented brain': 900.0}]
+    found = {(r['measure'], r['span']): r for r in beside_published([1.0, 12.0, 18.0], rows)}
+    first = found['Total brain', '0.7 to 12 months']
+    assert (first['percent'], first['own'], first['children']) == ('+101', '+100', '98')
+    assert found['Total brain', '12 to 24 months']['own'] == 'no sessions at both ages'
+    assert found['Cerebellum', '0.7 to 12 months']['own'] == 'no sessions at both ages'
+    assert beside_published([30.0, 40.0, None], rows) == []
+    assert beside_published([6.0, 6.0, None], rows) == []

@@ -31,6 +31,7 @@ from babyseg_bids.reports import wording as say
 from babyseg_bids.reports.charts import Chart, Point, growth_chart
 from babyseg_bids.reports.cohort import Outlier, Trend
 from babyseg_bids.reports.files import Derivative, collect, render, write_atomic
+from babyseg_bids.reports.published import beside_published
 from babyseg_bids.reports.side_by_side import aligned_pictures
 
 # Digits of the measures that are no volumes.
@@ -325,6 +326,7 @@ def _write(
         undated=', '.join(v.session for v in visits if v.months is None),
         growth=_growth_rows(growth_table([v for v in visits if v.volumes])),
         measures=_measure_rows(rows),
+        published=beside_published([v.months for v in visits], rows),
         unresolved=_unresolved(visits, rows),
         thickest=f'{THICKEST_MM:g}',
         structures=_structure_rows(visits),

@@ -162,8 +162,16 @@ FRONT_BACK = ((11, 10), (26, 10), (12, 17), (18, 17))
 TOP_BOTTOM = ((4, 28), (11, 18), (10, 17), (11, 26))
 
 
-def _direction(centres: Mapping[int, np.ndarray], pairs: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Mean unit vector over pairs of centres, both sides; NaN with fewer than four of them."""
+def mean_direction(
+    centres: Mapping[int, np.ndarray], pairs: Sequence[tuple[int, int]]
+) -> np.ndarray:
+    """Mean unit vector from the second to the first of each pair; NaN with fewer than four.
+
+    Parameters
+    ----------
+    centres : of the structures, by FreeSurfer number
+    pairs : numbers of left structures; those of the right side count, too
+    """
     # Other models may lack some of the structures that are looked for.
     table = label_table()
     vectors = []
@@ -195,8 +203,8 @@ def body_axes(labels: np.ndarray, affine: np.ndarray, table: LabelTable, /) -> d
         if box is not None:
             voxels = np.argwhere(labels[box] == row.index).mean(axis=0)
             centres[row.index] = matrix @ (voxels + [s.start for s in box])
-    front = _direction(centres, FRONT_BACK)
-    top = _direction(centres, TOP_BOTTOM)
+    front = mean_direction(centres, FRONT_BACK)
+    top = mean_direction(centres, TOP_BOTTOM)
     top = top - front * (front @ top)
     top = top / max(float(np.linalg.norm(top)), 1e-9)
     lefts = [r.index for r in table.structures if r.hemisphere == 'L']

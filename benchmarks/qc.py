@@ -1,27 +1,42 @@
-"""Whether the quality flags work: good scans, spoilt in known ways.
+"""Whether the quality flags work: good scans, spoilt in known ways and severities.
 
-Two kinds of scans are spoilt: real ones, which are segmented, and images simulated from the
-infant label maps at 2 mm, whose labels are known, so that only the measures of the scan are
-tested (`--simulated` runs these alone). Printed are all flags of the untouched scans (false
-alarms) and how many spoilt scans raise a flag that is meant for them (sensitivity). The folder
-holds `ds-bmex`, `ds-templates`, `label-maps` and `adult-heads`.
+    python benchmarks/qc.py FOLDER [--quick] [--records FILE] [--minutes 12]
+
+Spoilt are real scans, which are segmented; images simulated from infants' label maps at 2 mm,
+whose labels are known, so that only the measures of the scan are tested; label maps; and pairs of
+scans. FOLDER holds `ds-bmex`, `ds-templates`, `label-maps` and `adult-heads`. Two Markdown tables
+are printed: what was found of each corruption, and each flag's false alarms on untouched scans
+with its sensitivity. With `--records`, a run that was broken off goes on where it ended;
+records of other weights are not used.
+
+A flag counts as raised by a corruption when it is a warning or severe, and the untouched scan does
+not raise it as strongly. Weak corruptions are measured with the labels of the untouched scan, to
+save time; those that are segmented anew are marked in `CORRUPTIONS`.
 """
 
 import argparse
 import json
+import sys
+import time
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
-from scipy import ndimage
+from scipy import fft, ndimage
 
-from babyseg_bids.labels import TISSUES, label_table
+from babyseg_bids.labels import TISSUES, LabelTable, label_table
 from babyseg_bids.morphometry import morphometry_table, voxel_volume
 from babyseg_bids.network import Model, Segmentation, load_model, segment
-from babyseg_bids.pipeline import align_scans, scans_agreement
-from babyseg_bids.qc import session_qc
+from babyseg_bids.pipeline import align_scans
+from babyseg_bids.qc import bounding_box, crop, session_qc
+from babyseg_bids.qc_flags import LIMITS
+from babyseg_bids.qc_image import scan_agreement
 from babyseg_bids.records import Age
 
 # Session below the folder, suffix, and whether its head faces backwards in its header, which is
@@ -30,21 +45,36 @@ SCANS = (
     ('ds-bmex/sub-0002/ses-V01', 'T1w', True),
     ('ds-templates/sub-month00', 'T2w', False),
     ('ds-bmex/sub-0007/ses-V01', 'T1w', True),
-    ('ds-templates/sub-month24', 'T1w', False),
 )
-# Spoilt scans are segmented anew where it is true; the weaker corruptions are measured with the
-# labels of the untouched scan, to save time.
-AGAIN, ONCE = True, False
-Corruption = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+# Ages in months of the templates of two contrasts, and of the one whose T2w is the wrong head.
+PAIRS = (('00', '06'), ('06', '24'), ('24', '00'))
+# Voxels around what is not empty.
+MARGIN = 10
+HALF_TURN = np.diag([-1.0, -1.0, 1.0, 1.0])
+# The age under which a head is wrong: a newborn's for older children, and the reverse.
+WRONG_AGES = (0.0, 24.0)
+
+NOISE = ('noisy', 'low-signal-to-noise')
+MOTION = ('striped', 'ghosted', *NOISE)
+SIDES = ('mirrored', 'left-right-swapped', 'left-right-confused')
+CUT = ('brain-cut-off',)
+FOREIGN = ('scans-disagree', 'alignment-refused', 'alignment-doubtful')
+RANK = {'info': 0, 'warning': 1, 'severe': 2}
+UNTOUCHED = 'as it is'
+
+# Data, affine and labels of a scan, before and after; without labels it is to be segmented anew.
+Sample = tuple[np.ndarray, np.ndarray, np.ndarray]
+Corruption = Callable[[Sample, np.random.Generator], Sample]
 
 
 def noise(share: float) -> Corruption:
     """Rician noise of `share` times the mean of the brain."""
 
-    def apply(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def apply(sample: Sample, rng: np.random.Generator) -> Sample:
+        x, affine, labels = sample
         sd = share * x[x > 0].mean()
-        a, b = rng.normal(0, sd, (2, *x.shape))
-        return np.where(x > 0, np.hypot(x + a, b), 0)
+        a, b = rng.standard_normal((2, *x.shape), np.float32) * sd
+        return np.where(x > 0, np.hypot(x + a, b), 0), affine, labels
 
     return apply
 
@@ -52,19 +82,22 @@ def noise(share: float) -> Corruption:
 def motion(degrees: float, events: int) -> Corruption:
     """Lines of k-space from heads that were turned (sd in degrees) and moved (mm) meanwhile."""
 
-    def apply(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        spectrum = np.fft.fftshift(np.fft.fftn(x))
+    def apply(sample: Sample, rng: np.random.Generator) -> Sample:
+        x, affine, labels = sample
+        x = x.astype(np.float32)
+        spectrum = fft.fftshift(fft.fftn(x))
         lines = x.shape[1]
         cuts = np.sort(rng.choice(np.arange(lines), events, replace=False))
+        voxel = np.linalg.norm(affine[:3, :3], axis=0)
         for start, stop in zip(cuts, np.append(cuts[1:], lines), strict=True):
+            angle, shift = rng.normal(0, degrees), rng.normal(0, degrees, 3) / voxel
             # The middle of k-space says where the head lies.
             if start <= lines // 2 < stop:
                 continue
-            moved = ndimage.rotate(x, rng.normal(0, degrees), (0, 1), reshape=False, order=1)
-            moved = ndimage.shift(moved, rng.normal(0, degrees, 3), order=1)
-            part = np.fft.fftshift(np.fft.fftn(moved))
-            spectrum[:, start:stop] = part[:, start:stop]
-        return np.abs(np.fft.ifftn(np.fft.ifftshift(spectrum)))
+            moved = ndimage.rotate(x, angle, (0, 1), reshape=False, order=1)
+            moved = ndimage.shift(moved, shift, order=1)
+            spectrum[:, start:stop] = fft.fftshift(fft.fftn(moved))[:, start:stop]
+        return np.abs(fft.ifftn(fft.ifftshift(spectrum))), affine, labels
 
     return apply
 
@@ -72,213 +105,201 @@ def motion(degrees: float, events: int) -> Corruption:
 def bias(strength: float) -> Corruption:
     """A gradient whose ends differ by `strength` in the logarithm."""
 
-    def apply(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def apply(sample: Sample, rng: np.random.Generator) -> Sample:
+        x, affine, labels = sample
         axes = np.meshgrid(*(np.linspace(-0.5, 0.5, n) for n in x.shape), indexing='ij')
         way = rng.normal(size=3)
-        return x * np.exp(strength * np.tensordot(way / np.linalg.norm(way), axes, 1))
+        field = np.exp(strength * np.tensordot(way / np.linalg.norm(way), axes, 1))
+        return x * field, affine, labels
 
     return apply
+
+
+def _lowest(x: np.ndarray, share: float) -> int:
+    """The first plane above the lowest part of the brain's extent."""
+    planes = np.flatnonzero((x > 0).any((0, 1)))
+    return int(planes[0] + share * len(planes))
 
 
 def emptied(share: float) -> Corruption:
-    """The lowest part of the brain's extent set to zero."""
+    """The lowest part of the brain set to zero in a field of view that stays."""
 
-    def apply(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:  # noqa: ARG001
-        planes = np.flatnonzero((x > 0).any((0, 1)))
-        out = x.copy()
-        out[:, :, : planes[0] + int(share * len(planes))] = 0
-        return out
+    def apply(sample: Sample, rng: np.random.Generator) -> Sample:  # noqa: ARG001
+        x, affine, labels = (part.copy() for part in sample)
+        first = _lowest(x, share)
+        x[:, :, :first], labels[:, :, :first] = 0, 0
+        return x, affine, labels
 
     return apply
 
 
-def mirrored(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:  # noqa: ARG001
+def cut_off(share: float) -> Corruption:
+    """A field of view that ends above the lowest part of the brain."""
+
+    def apply(sample: Sample, rng: np.random.Generator) -> Sample:  # noqa: ARG001
+        x, affine, labels = sample
+        box = (slice(0, None), slice(0, None), slice(_lowest(x, share), None))
+        return x[box], crop(affine, box), labels[box]
+
+    return apply
+
+
+def mirrored(sample: Sample, rng: np.random.Generator) -> Sample:  # noqa: ARG001
     """The data of the other side under the same header."""
-    return x[::-1]
+    return sample[0][::-1], sample[1], sample[2]
 
 
-NOISE = ('noisy', 'low-signal-to-noise')
-MOTION = ('striped', 'ghosted', *NOISE)
-SIDES = ('mirrored', 'left-right-swapped', 'left-right-confused')
-# Name, severity, corruption, the flags that are meant for it, and whether to segment anew.
-CORRUPTIONS: tuple[tuple[str, str, Corruption, tuple[str, ...], bool], ...] = (
-    ('noise', '2 %', noise(0.02), NOISE, ONCE),
-    ('noise', '5 %', noise(0.05), NOISE, ONCE),
-    ('noise', '10 %', noise(0.1), NOISE, ONCE),
-    ('noise', '20 %', noise(0.2), NOISE, AGAIN),
-    ('motion', '1 degree, 2 events', motion(1, 2), MOTION, ONCE),
-    ('motion', '2 degrees, 4 events', motion(2, 4), MOTION, ONCE),
-    ('motion', '4 degrees, 8 events', motion(4, 8), MOTION, ONCE),
-    ('motion', '6 degrees, 12 events', motion(6, 12), MOTION, AGAIN),
-    ('bias field', 'log range 0.3', bias(0.3), ('uneven',), ONCE),
-    ('bias field', 'log range 1.0', bias(1.0), ('uneven',), ONCE),
-    ('emptied below', '25 %', emptied(0.25), ('brain-cut-off',), AGAIN),
-    ('mirrored data', '', mirrored, SIDES, AGAIN),
-)
+def turned(sample: Sample, rng: np.random.Generator) -> Sample:  # noqa: ARG001
+    """A header that says the opposite of left and right, front and back."""
+    return sample[0], HALF_TURN @ sample[1], sample[2]
 
 
-def load(path: Path) -> nib.Nifti1Image:
-    """A scan in RAS order without what is not finite."""
-    image = nib.as_closest_canonical(nib.load(path))
-    return nib.Nifti1Image(np.nan_to_num(image.get_fdata(dtype=np.float32)), image.affine)
+def swapped(sample: Sample, rng: np.random.Generator) -> Sample:  # noqa: ARG001
+    """All left labels on the right."""
+    return sample[0], sample[1], _mirror_numbers()[sample[2]]
 
 
-def examine(
-    data: np.ndarray,
-    affine: np.ndarray,
-    months: float | None,
-    model: Model,
-    found: Segmentation | None = None,
-) -> tuple[dict, Segmentation]:
-    """Flags and measures of a scan, and its segmentation where it is not given."""
-    x = np.ascontiguousarray(data, np.float32)
-    found = found or segment([(x, affine)], model, device='cpu')
-    morph = morphometry_table(
-        found.labels, affine, found.soft_volumes, found.confidence, model.labels
-    )
-    metrics, flags = session_qc(
-        found.labels, found.uncertainty, x, affine, morph, Age(months), table=model.labels
-    )
-    return {**metrics, 'flags': {f.code: f.severity for f in flags}}, found
-
-
-def cut_off(data: np.ndarray, share: float) -> np.ndarray:
-    """A field of view that ends above the lowest part of the brain's extent."""
-    planes = np.flatnonzero((data > 0).any((0, 1)))
-    return data[:, :, planes[0] + int(share * len(planes)) :]
-
-
-def swapped_front(labels: np.ndarray) -> np.ndarray:
+def swapped_front(sample: Sample, rng: np.random.Generator) -> Sample:  # noqa: ARG001
     """Left and right exchanged in the front quarter of the brain."""
+    labels = sample[2]
+    planes = np.flatnonzero((labels > 0).any((0, 2)))
+    front = np.arange(labels.shape[1]) > planes[-1] - len(planes) // 4
+    return sample[0], sample[1], np.where(front[None, :, None], _mirror_numbers()[labels], labels)
+
+
+def _mirror_numbers() -> np.ndarray:
+    """The number of each structure's other side."""
     mirror = np.arange(256)
     for row in label_table().structures:
         mirror[row.index] = row.mirror
-    planes = np.flatnonzero((labels > 0).any((0, 2)))
-    front = np.arange(labels.shape[1]) > planes[-1] - len(planes) // 4
-    return np.where(front[None, :, None], mirror[labels], labels)
+    return mirror
 
 
-def label_flags(labels: np.ndarray, affine: np.ndarray, months: float | None) -> dict[str, str]:
-    """Flags of a label map alone."""
-    table = label_table()
-    labels = table.indices[table.channels(labels)]
+@dataclass(frozen=True)
+class Spoiling:
+    """A corruption, the flags that are meant for it, and how real scans are measured after it."""
+
+    what: str
+    severity: str
+    corruption: Corruption
+    meant: tuple[str, ...]
+    anew: bool = False
+    quick: bool = False
+
+
+CORRUPTIONS = (
+    Spoiling('noise', '2 %', noise(0.02), NOISE),
+    Spoiling('noise', '5 %', noise(0.05), NOISE, quick=True),
+    Spoiling('noise', '10 %', noise(0.1), NOISE),
+    Spoiling('noise', '20 %', noise(0.2), NOISE, anew=True, quick=True),
+    Spoiling('motion', '1°, 2 events', motion(1, 2), MOTION),
+    Spoiling('motion', '2°, 4 events', motion(2, 4), MOTION, quick=True),
+    Spoiling('motion', '4°, 8 events', motion(4, 8), MOTION),
+    Spoiling('motion', '6°, 12 events', motion(6, 12), MOTION, anew=True),
+    Spoiling('bias field', 'log range 0.3', bias(0.3), ('uneven',)),
+    Spoiling('bias field', 'log range 1.0', bias(1.0), ('uneven',), quick=True),
+    Spoiling('cropped: emptied below', '10 %', emptied(0.1), CUT),
+    Spoiling('cropped: emptied below', '25 %', emptied(0.25), CUT, anew=True),
+    Spoiling('cropped: field of view', '10 %', cut_off(0.1), CUT, quick=True),
+    Spoiling('cropped: field of view', '25 %', cut_off(0.25), CUT, anew=True),
+    Spoiling('wrong side: labels', 'all', swapped, SIDES, quick=True),
+    Spoiling('wrong side: labels', 'front quarter', swapped_front, SIDES, quick=True),
+    Spoiling('wrong side: header turned', '180°', turned, ('unexpected-orientation',)),
+    Spoiling('wrong side: data mirrored', '', mirrored, SIDES, anew=True),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to examine: what it is, and how to get its measures and flags."""
+
+    kind: str
+    scan: str
+    what: str
+    severity: str
+    meant: tuple[str, ...]
+    run: Callable[[], dict[str, Any]]
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What tells a case from all others."""
+        return self.kind, self.scan, self.what, self.severity
+
+
+def load(path: Path) -> nib.Nifti1Image:
+    """A scan in RAS order, cropped to what is not empty, without what is not finite."""
+    image = nib.as_closest_canonical(nib.load(path))
+    data = np.nan_to_num(image.get_fdata(dtype=np.float32))
+    box = bounding_box(data > 0, margin=MARGIN)
+    return nib.Nifti1Image(data[box], crop(image.affine, box))
+
+
+def judged(
+    sample: Sample,
+    months: float | None,
+    table: LabelTable,
+    found: Segmentation | None = None,
+) -> dict[str, Any]:
+    """Measures and flags of a scan with its labels, or with all that the network found.
+
+    Without `found` there are no probabilities: volumes are those of the voxels, and nothing is
+    said about doubt.
+    """
+    data, affine, labels = sample
     volumes = {r.index: (labels == r.index).sum() * voxel_volume(affine) for r in table.structures}
-    morph = morphometry_table(labels, affine, volumes, dict.fromkeys(volumes, 1.0))
-    _, flags = session_qc(labels, None, labels.astype(float), affine, morph, Age(months))
-    return {f.code: f.severity for f in flags if f.code in SIDES}
+    if found is None:
+        morph = morphometry_table(labels, affine, volumes, dict.fromkeys(volumes, 0.9), table)
+        doubt = None
+    else:
+        soft, sure = found.soft_volumes, found.confidence
+        morph = morphometry_table(labels, affine, soft, sure, table)
+        doubt = found.uncertainty
+    metrics, flags = session_qc(labels, doubt, data, affine, morph, Age(months), table=table)
+    worst: dict[str, str] = {}
+    for flag in flags:
+        if RANK[flag.severity] >= RANK[worst.get(flag.code, 'info')]:
+            worst[flag.code] = flag.severity
+    return {**metrics, 'flags': worst}
 
 
-def spoilt(folder: Path, model: Model, seed: int, ages: dict[str, float]) -> Iterator[dict]:
-    """One record a scan and corruption."""
-    for place, suffix, backwards in SCANS:
-        (path,) = folder.glob(f'{place}/anat/*_{suffix}.nii.gz')
-        image = load(path)
-        data, affine, months = np.asarray(image.dataobj), image.affine, ages.get(place)
-        if backwards:
-            affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-        who = {'scan': path.name.removesuffix('.nii.gz')}
-        good, found = examine(data, affine, months, model)
-        yield {**who, 'what': 'as it is', 'severity': '', 'meant': (), **good}
-        # The sides of a label map, exchanged in the whole and in a part of it.
-        maps = {'all sides exchanged': found.labels[::-1]}
-        maps['sides exchanged in front'] = swapped_front(found.labels)
-        for what, labels in maps.items():
-            flags = label_flags(labels, affine, months)
-            yield {**who, 'what': what, 'severity': '', 'meant': SIDES, 'flags': flags}
-        turned = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-        result, _ = examine(data, turned, months, model, found)
-        meant: tuple[str, ...] = ('unexpected-orientation',)
-        yield {**who, 'what': 'header turned', 'severity': '', 'meant': meant, **result}
-        for what, severity, corruption, meant, again in CORRUPTIONS:
-            rng = np.random.default_rng(seed)
-            spoilt_data = corruption(data, rng)
-            result, _ = examine(spoilt_data, affine, months, model, None if again else found)
-            yield {**who, 'what': what, 'severity': severity, 'meant': meant, **result}
-        result, _ = examine(cut_off(data, 0.15), affine, months, model)
-        meant = ('brain-cut-off',)
-        yield {**who, 'what': 'cut-off view', 'severity': '15 %', 'meant': meant, **result}
+class Scan:
+    """A real scan, segmented when that is needed for the first time."""
 
+    def __init__(
+        self, name: str, image: nib.Nifti1Image, model: Model, months: float | None
+    ) -> None:
+        self.name, self.model, self.months = name, model, months
+        self.image = image
+        self.data, self.affine = np.asarray(image.dataobj, np.float32), image.affine
 
-def pairs(folder: Path, model: Model) -> Iterator[dict]:
-    """Sessions of a T1w and a T2w: of one anatomy, of two, and with one of them mirrored."""
+    @cached_property
+    def found(self) -> Segmentation:
+        """What the network finds in it."""
+        return segment([(self.data, self.affine)], self.model, device='cpu')
 
-    def image(month: str, suffix: str) -> nib.Nifti1Image:
-        name = f'sub-month{month}'
-        return load(folder / f'ds-templates/{name}/anat/{name}_{suffix}.nii.gz')
+    @property
+    def sample(self) -> Sample:
+        """The scan with its labels."""
+        return self.data, self.affine, self.found.labels
 
-    for month, other in (('06', '24'), ('24', '00')):
-        first, second = image(month, 'T1w'), image(month, 'T2w')
-        mirror = nib.Nifti1Image(np.asarray(second.dataobj)[::-1].copy(), second.affine)
-        for what, scan in (
-            ('pair as it is', second),
-            ('pair, wrong head', image(other, 'T2w')),
-            ('pair, one mirrored', mirror),
-        ):
-            alignments = align_scans([first, scan])
-            refused = alignments[0].status == 'refused'
-            dice = scans_agreement([first, scan], alignments, model, device='cpu')
-            low = min(dice.values(), default=0.0)
-            # A scan that is refused is flagged by the alignment.
-            flags = {'alignment-refused': 'warning'} if refused else {}
-            flags |= {'scans-disagree': 'measured'} if not refused and low < 0.7 else {}
-            meant = () if what == 'pair as it is' else ('scans-disagree', 'alignment-refused')
-            record = {'scan': f'month{month}', 'what': what, 'severity': '', 'meant': meant}
-            yield {**record, 'flags': flags, 'scan_agreement_min': low}
+    def untouched(self) -> dict[str, Any]:
+        """Measures and flags of the scan as it is."""
+        return judged(self.sample, self.months, self.model.labels, self.found)
 
+    def spoilt(self, spoiling: Spoiling, seed: int) -> dict[str, Any]:
+        """Measures and flags of the spoilt scan."""
+        empty = np.zeros(self.data.shape, np.int16)
+        sample = (self.data, self.affine, empty) if spoiling.anew else self.sample
+        x, affine, labels = spoiling.corruption(sample, np.random.default_rng(seed))
+        x = np.ascontiguousarray(x, np.float32)
+        if not spoiling.anew:
+            return judged((x, affine, labels), self.months, self.model.labels)
+        found = segment([(x, affine)], self.model, device='cpu')
+        return judged((x, affine, found.labels), self.months, self.model.labels, found)
 
-def wrong_heads(folder: Path, model: Model) -> Iterator[dict]:
-    """An adult's head under the age of an infant, and label maps with known sides."""
-    image = load(folder / 'adult-heads/head_T1w.nii.gz')
-    result, _ = examine(np.asarray(image.dataobj), image.affine, 6.0, model)
-    meant = ('implausible-volume',)
-    yield {'scan': 'adult', 'what': 'adult head', 'severity': '6 months', 'meant': meant, **result}
-    for kind, meant in (('infant', ()), ('faulty', SIDES)):
-        for path in sorted((folder / 'label-maps' / kind).glob('*.nii.gz')):
-            labels = nib.as_closest_canonical(nib.load(path)).slicer[::2, ::2, ::2]
-            flags = label_flags(np.asarray(labels.dataobj), labels.affine, None)
-            record = {'scan': path.name, 'what': f'{kind} map', 'severity': '', 'meant': meant}
-            yield {**record, 'flags': flags}
-
-
-def simulated(folder: Path, seed: int, maps: int) -> Iterator[dict]:
-    """Images of infant label maps with one grey value a tissue, 1 % noise and slight blur."""
-    table = label_table()
-    grey = dict(zip(TISSUES, (120.0, 85.0, 100.0, 35.0, 90.0, 110.0), strict=True))
-    paths = sorted((folder / 'label-maps/infant').glob('*.nii.gz'))
-    for path in paths[:: max(1, len(paths) // maps)][:maps]:
-        image = nib.as_closest_canonical(nib.load(path)).slicer[::2, ::2, ::2]
-        labels = table.indices[table.channels(np.asarray(image.dataobj))]
-        planes = [
-            np.flatnonzero((labels > 0).any((1, 2))),
-            np.flatnonzero((labels > 0).any((0, 2))),
-        ]
-        rows, columns = (slice(max(p[0] - 6, 0), p[-1] + 7) for p in planes)
-        labels, affine = labels[rows, columns], image.affine
-        lut = np.zeros(256)
-        for row in table.structures:
-            lut[row.index] = grey[row.tissue]
-        rng = np.random.default_rng(seed)
-        data = ndimage.gaussian_filter(lut[labels], 0.4)
-        data = np.abs(data + rng.normal(0, 1, data.shape)) * (labels > 0)
-        unit = voxel_volume(affine)
-        volumes = {r.index: (labels == r.index).sum() * unit for r in table.structures}
-        morph = morphometry_table(labels, affine, volumes, dict.fromkeys(volumes, 0.9))
-        months = float(path.name[:2])
-        spoil = [('as it is', '', lambda x, _: x, (), ONCE), *CORRUPTIONS]
-        for what, severity, corruption, meant, _ in spoil:
-            if what == 'mirrored data':
-                continue
-            bad = corruption(data, np.random.default_rng(seed))
-            seen = np.where(bad > 0, labels, 0) if what == 'emptied below' else labels
-            metrics, flags = session_qc(seen, None, bad, affine, morph, Age(months))
-            yield {
-                **metrics,
-                'scan': path.name,
-                'what': f'simulated: {what}',
-                'severity': severity,
-                'meant': meant,
-                'flags': {f.code: f.severity for f in flags},
-            }
+    def at_wrong_age(self, months: float) -> dict[str, Any]:
+        """Measures and flags of the scan as it is, under another child's age."""
+        return judged(self.sample, months, self.model.labels, self.found)
 
 
 def ages_of(folder: Path) -> dict[str, float]:
@@ -293,46 +314,288 @@ def ages_of(folder: Path) -> dict[str, float]:
     return ages
 
 
-def summary(rows: list[dict]) -> pd.DataFrame:
-    """Sensitivity of the flags that are meant for a corruption, and all that were raised."""
-    out = []
-    for (what, severity), group in pd.DataFrame(rows).groupby(['what', 'severity'], sort=False):
-        flagged = [set(f) & set(m) for f, m in zip(group['flags'], group['meant'], strict=True)]
-        codes = pd.Series([c for f in group['flags'] for c, s in f.items() if s != 'info'])
-        counts = ', '.join(f'{c} {n}' for c, n in codes.value_counts().items())
-        wanted = group['meant'].iloc[0]
-        hit = f'{sum(map(bool, flagged))} of {len(group)}' if wanted else ''
-        out.append((what, severity, len(group), hit, counts))
-    columns = ['corruption', 'severity', 'scans', 'found by a flag meant for it', 'all warnings']
-    return pd.DataFrame(out, columns=columns)
+def open_scan(
+    folder: Path,
+    place: str,
+    suffix: str,
+    model: Model,
+    ages: dict[str, float],
+    backwards: bool = False,
+) -> Scan:
+    """The scan of a session, its header put right."""
+    (path,) = folder.glob(f'{place}/anat/*_{suffix}.nii.gz')
+    image = load(path)
+    if backwards:
+        affine = HALF_TURN @ image.affine
+        image = nib.as_closest_canonical(nib.Nifti1Image(np.asarray(image.dataobj), affine))
+    return Scan(path.name.removesuffix('.nii.gz'), image, model, ages.get(place))
+
+
+def real_cases(
+    folder: Path, model: Model, seed: int, quick: bool, templates: dict[str, Scan]
+) -> Iterator[Case]:
+    """Real scans, spoilt; an adult's head as an infant's; children under another's age."""
+    ages = ages_of(folder)
+    for place, suffix, backwards in SCANS[: 1 if quick else None]:
+        scan = templates.get(f'{place}_{suffix}')
+        scan = scan or open_scan(folder, place, suffix, model, ages, backwards)
+        yield Case('real scan', scan.name, UNTOUCHED, '', (), scan.untouched)
+        for s in CORRUPTIONS:
+            if s.quick or not quick:
+                run = lambda scan=scan, s=s: scan.spoilt(s, seed)  # noqa: E731
+                yield Case('real scan', scan.name, s.what, s.severity, s.meant, run)
+        if scan.months is not None:
+            wrong = max(WRONG_AGES, key=lambda m: abs(m - scan.months))
+            run = lambda scan=scan, m=wrong: scan.at_wrong_age(m)  # noqa: E731
+            text = f'as {wrong:g} months old'
+            meant = ('implausible-volume',)
+            yield Case('real scan', scan.name, 'wrong head: age', text, meant, run)
+    if not quick:
+        adult = Scan('adult', load(folder / 'adult-heads/head_T1w.nii.gz'), model, 6.0)
+        meant = ('implausible-volume',)
+        text = 'as 6 months old'
+        yield Case('real scan', 'adult', 'wrong head: adult', text, meant, adult.untouched)
+
+
+def pair_flags(first: Scan, second: Scan, model: Model) -> dict[str, Any]:
+    """Alignment of two scans, and how well their own segmentations agree."""
+    (alignment,) = align_scans([first.image, second.image])
+    if alignment.status == 'refused':
+        return {'flags': {'alignment-refused': 'warning'}}
+    flags = {'alignment-doubtful': 'warning'} if alignment.doubt else {}
+    to_voxel = np.linalg.inv(alignment.matrix @ second.affine) @ first.affine
+    moved = ndimage.affine_transform(
+        second.found.labels, to_voxel, output_shape=first.data.shape, order=0, cval=-1
+    )
+    dice = scan_agreement({'1': first.found.labels, '2': moved}, model.labels)
+    worst = min(dice.values(), default=None)
+    limit = LIMITS['scan_agreement_min']
+    severity = limit.severity(worst)
+    flags |= {limit.code: severity} if severity else {}
+    return {'flags': flags, 'scan_agreement_min': worst}
+
+
+def pair_cases(model: Model, templates: dict[str, Scan]) -> Iterator[Case]:
+    """Sessions of a T1w and a T2w: of one anatomy, of two, and with one of them mirrored."""
+    for month, other in PAIRS:
+        first, second, foreign = (
+            templates[f'ds-templates/sub-month{m}_{suffix}']
+            for m, suffix in ((month, 'T1w'), (month, 'T2w'), (other, 'T2w'))
+        )
+        data = second.data[::-1].copy()
+        flipped = nib.Nifti1Image(data, second.affine)
+        mirror = Scan(f'{second.name} mirrored', flipped, model, second.months)
+        for what, scan, meant in (
+            (UNTOUCHED, second, ()),
+            ('wrong head: other child', foreign, FOREIGN),
+            ('wrong side: data mirrored', mirror, FOREIGN),
+        ):
+            run = lambda first=first, scan=scan: pair_flags(first, scan, model)  # noqa: E731
+            yield Case('pair of scans', f'month{month}', what, '', meant, run)
+
+
+def label_cases(folder: Path) -> Iterator[Case]:
+    """Label maps with known sides: sound ones, and a network's with confused sides."""
+    table = label_table()
+
+    def examine(path: Path) -> dict[str, Any]:
+        image = nib.as_closest_canonical(nib.load(path)).slicer[::2, ::2, ::2]
+        labels = table.indices[table.channels(np.asarray(image.dataobj))]
+        flags = judged((labels.astype(np.float32), image.affine, labels), None, table)['flags']
+        return {'flags': {code: s for code, s in flags.items() if code in SIDES}}
+
+    for kind, what, meant in (
+        ('infant', UNTOUCHED, ()),
+        ('faulty', 'wrong side: confused by a network', SIDES),
+    ):
+        for path in sorted((folder / 'label-maps' / kind).glob('*.nii.gz')):
+            run = lambda path=path: examine(path)  # noqa: E731
+            yield Case('label map', path.name, what, '', meant, run)
+
+
+def simulate(path: Path, seed: int) -> Sample:
+    """A scan of a label map with one grey value a tissue, 1 % noise and slight blur."""
+    table = label_table()
+    grey = dict(zip(TISSUES, (120.0, 85.0, 100.0, 35.0, 90.0, 110.0), strict=True))
+    image = nib.as_closest_canonical(nib.load(path)).slicer[::2, ::2, ::2]
+    labels = table.indices[table.channels(np.asarray(image.dataobj))]
+    rows, columns, _ = bounding_box(labels > 0, margin=6)
+    box = (rows, columns, slice(0, None))
+    labels, affine = labels[box], crop(image.affine, box)
+    lut = np.zeros(256)
+    for row in table.structures:
+        lut[row.index] = grey[row.tissue]
+    rng = np.random.default_rng(seed)
+    data = ndimage.gaussian_filter(lut[labels], 0.4)
+    data = np.abs(data + rng.normal(0, 1, data.shape)) * (labels > 0)
+    return data.astype(np.float32), affine, labels
+
+
+def simulated_cases(folder: Path, seed: int, maps: int, quick: bool) -> Iterator[Case]:
+    """Simulated scans, spoilt; their labels are known."""
+    paths = sorted((folder / 'label-maps/infant').glob('*.nii.gz'))
+    for path in paths[:: max(1, len(paths) // maps)][:maps]:
+        cache: list[Sample] = []
+
+        def examine(
+            corruption: Corruption | None, path: Path = path, cache: list[Sample] = cache
+        ) -> dict[str, Any]:
+            if not cache:
+                cache.append(simulate(path, seed))
+            sample = cache[0]
+            if corruption:
+                sample = corruption(sample, np.random.default_rng(seed))
+            return judged(sample, float(path.name[:2]), label_table())
+
+        kind = 'simulated scan'
+        yield Case(kind, path.name, UNTOUCHED, '', (), lambda e=examine: e(None))
+        for s in CORRUPTIONS:
+            # Nothing but a network could notice these: the true labels would be mirrored along.
+            if s.corruption is mirrored or (quick and not s.quick):
+                continue
+            run = lambda e=examine, s=s: e(s.corruption)  # noqa: E731
+            yield Case(kind, path.name, s.what, s.severity, s.meant, run)
+
+
+def raised(row: dict[str, Any], untouched: dict[tuple[str, str], dict[str, str]]) -> set[str]:
+    """Flags that are at least a warning, and worse than those of the untouched scan."""
+    base = untouched.get((row['kind'], row['scan']), {}) if row['what'] != UNTOUCHED else {}
+    return {
+        code
+        for code, severity in row['flags'].items()
+        if RANK[severity] > RANK[base.get(code, 'info')]
+    }
+
+
+def _grouped(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Records of one kind, corruption and severity, in the order of the tables."""
+    order = {s.what: i for i, s in enumerate(CORRUPTIONS)}
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row['kind'], row['what'], row['severity']), []).append(row)
+    return dict(sorted(groups.items(), key=lambda g: (g[0][0], order.get(g[0][1], -1))))
+
+
+def _markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table."""
+    lines = [head, tuple('---' for _ in head), *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def _can_be_raised(code: str, kind: str) -> bool:
+    """Whether a kind of case is examined for a flag at all."""
+    if kind == 'label map':
+        return code in SIDES
+    return (kind == 'pair of scans') == (code in FOREIGN)
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """What was found of each corruption; each flag's false alarms and sensitivity."""
+    untouched = {(r['kind'], r['scan']): r['flags'] for r in rows if r['what'] == UNTOUCHED}
+    first = []
+    good: dict[str, list[set[str]]] = {}
+    # By flag, and by kind and corruption: severities with their counts.
+    hits: dict[str, dict[str, list[str]]] = {}
+    for (kind, what, severity), some in _grouped(rows).items():
+        found = [raised(r, untouched) for r in some]
+        counts = Counter(code for codes in found for code in sorted(codes))
+        meant = set(some[0]['meant'])
+        hit = f'{sum(bool(f & meant) for f in found)} of {len(some)}' if meant else ''
+        listed = ', '.join(f'`{code}` {n}' for code, n in counts.most_common())
+        first.append((kind, f'{what} {severity}'.strip(), hit, listed or 'none'))
+        if what == UNTOUCHED:
+            good[kind] = found
+            continue
+        for code in sorted(meant | set(counts)):
+            place = f'{what} ({kind})' if code in meant else f'not meant for {what} ({kind})'
+            text = f'{severity} {counts[code]}/{len(some)}'.strip()
+            hits.setdefault(code, {}).setdefault(place, []).append(text)
+    second = []
+    codes = {*hits, *(code for some in good.values() for found in some for code in found)}
+    for code in sorted(codes):
+        alarms = ', '.join(
+            f'{sum(code in f for f in found)} of {len(found)} ({kind})'
+            for kind, found in good.items()
+            if _can_be_raised(code, kind)
+        )
+        places = sorted(hits.get(code, {}).items(), key=lambda p: p[0].startswith('not meant'))
+        by = '; '.join(f'{place}: {", ".join(texts)}' for place, texts in places)
+        second.append((f'`{code}`', alarms or 'not examined', by))
+    return '\n\n'.join(
+        (
+            _markdown(('kind', 'spoilt', 'found by a flag meant for it', 'flags raised'), first),
+            _markdown(('flag', 'false alarms on untouched', 'raised by'), second),
+        )
+    )
+
+
+def fingerprint(model: Model) -> str:
+    """What tells weights apart."""
+    total = 0
+    for value in model.network.state_dict().values():
+        total = zlib.crc32(value.cpu().numpy().tobytes(), total)
+    return f'{model.name} {model.version} {total:08x} {model.temperature:g}'
+
+
+def all_cases(args: argparse.Namespace, model: Model | None) -> Iterator[Case]:
+    """Every case, those without a network first."""
+    yield from label_cases(args.folder)
+    yield from simulated_cases(args.folder, args.seed, 2 if args.quick else args.maps, args.quick)
+    if model is None:
+        return
+    templates: dict[str, Scan] = {}
+    if not args.quick:
+        ages = ages_of(args.folder)
+        for month, _ in PAIRS:
+            for suffix in ('T1w', 'T2w'):
+                place = f'ds-templates/sub-month{month}'
+                scan = open_scan(args.folder, place, suffix, model, ages)
+                templates[f'{place}_{suffix}'] = scan
+    yield from real_cases(args.folder, model, args.seed, args.quick, templates)
+    if not args.quick:
+        yield from pair_cases(model, templates)
 
 
 def main() -> None:
-    """Print the table, and write every record where asked to."""
+    """Examine all cases and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('folder', type=Path)
     parser.add_argument('--model', default='default')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--records', type=Path, help='JSON lines, one a scan and corruption')
+    parser.add_argument('--quick', action='store_true', help='one real and two simulated scans')
     parser.add_argument('--simulated', action='store_true', help='leave out all that is segmented')
     parser.add_argument('--maps', type=int, default=11, help='label maps to simulate scans of')
+    parser.add_argument('--records', type=Path, help='JSON lines; what they hold is not redone')
+    parser.add_argument('--minutes', type=float, help='begin no case after that time')
     args = parser.parse_args()
-    rows = []
-    sources = [simulated(args.folder, args.seed, args.maps)]
-    if not args.simulated:
-        model = load_model(args.model)
-        sources += [
-            wrong_heads(args.folder, model),
-            spoilt(args.folder, model, args.seed, ages_of(args.folder)),
-            pairs(args.folder, model),
-        ]
-    for source in sources:
-        for row in source:
-            rows.append(row)
-            if args.records:
-                with args.records.open('a') as stream:
-                    stream.write(json.dumps(row) + '\n')
-    print(summary(rows).to_string(index=False))
+    model = None if args.simulated else load_model(args.model)
+    weights = fingerprint(model) if model else ''
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    if args.records and args.records.is_file():
+        for line in args.records.read_text('utf-8').splitlines():
+            row = json.loads(line)
+            if row['weights'] in ('', weights) and row['seed'] == args.seed:
+                rows[row['kind'], row['scan'], row['what'], row['severity']] = row
+    began, left = time.monotonic(), 0
+    for case in all_cases(args, model):
+        if case.key in rows:
+            continue
+        elapsed = time.monotonic() - began
+        if args.minutes and elapsed > 60 * args.minutes:
+            left += 1
+            continue
+        print(f'{elapsed:6.0f} s  {" · ".join(filter(None, case.key))}', file=sys.stderr)
+        used = weights if case.kind in ('real scan', 'pair of scans') else ''
+        kind, scan, what, severity = case.key
+        row = {'kind': kind, 'scan': scan, 'what': what, 'severity': severity}
+        row |= {'meant': list(case.meant), 'weights': used, 'seed': args.seed, **case.run()}
+        rows[case.key] = row
+        if args.records:
+            with args.records.open('a', encoding='utf-8') as stream:
+                stream.write(json.dumps(row) + '\n')
+    print(tables(list(rows.values())))
+    print(f'\n{len(rows)} cases' + (f', {left} not done: run it again' if left else ''))
+    print(f'Weights: {weights or "none"}; {(time.monotonic() - began) / 60:.1f} minutes')
 
 
 if __name__ == '__main__':

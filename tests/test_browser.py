@@ -171,6 +171,18 @@ def test_the_table_sorts_and_filters(open_page, out):
     page.fill('#filter', '')
     page.check('#only-flagged')
     assert [row.get_attribute('data-name') for row in names.all()] == ['sub-01_ses-A']
+    page.uncheck('#only-flagged')
+    page.fill('#filter', WARNING.code)
+    assert [row.get_attribute('data-name') for row in names.all()] == ['sub-01_ses-A']
+    # Three sessions need no pages.
+    assert not page.locator('#pages').is_visible()
+
+
+def test_ratings_are_in_view_without_scrolling(open_page, out):
+    page = open_page(out / 'group.html', width=1600)
+    box = page.get_by_label('Comment on sub-01_ses-A').bounding_box()
+    frame = page.locator('#sessions .scroll').bounding_box()
+    assert box['x'] + box['width'] <= frame['x'] + frame['width']
 
 
 def test_ratings_come_back_with_the_next_call(open_page, out, tmp_path):

@@ -1,12 +1,19 @@
+import base64
+import io
+from dataclasses import replace
+
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 from report_phantoms import brain, ras_affine
+from scipy.spatial.transform import Rotation
 
 from babyseg_bids import calculate_developmental_metrics, generate_development_report
 from babyseg_bids.errors import InputError, OutputError
 from babyseg_bids.longitudinal import CURVE_SESSIONS, fit_growth_curve
-from babyseg_bids.reports.side_by_side import rigid_between
+from babyseg_bids.reports.published import beside_published, published_growth
+from babyseg_bids.reports.side_by_side import aligned_pictures, rigid_between, upright
 
 
 @pytest.fixture(scope='module')
@@ -107,3 +114,55 @@ def test_points_are_turned_back_onto_each_other_without_mirroring():
     assert found[:3, 3] == pytest.approx([1, 2, 3])
     mirrored = rigid_between(points, points * [-1, 1, 1])
     assert np.linalg.det(mirrored[:3, :3]) == pytest.approx(1)
+
+
+def test_a_head_stands_upright_whatever_its_header_says():
+    rng = np.random.default_rng(0)
+    # Thalamus, caudate, accumbens, amygdala, hippocampus, ventricle and ventral DC of both sides.
+    left = {10: (8, -10, 5), 11: (10, 12, 8), 26: (8, 12, -5), 18: (20, 0, -15)}
+    left |= {17: (22, -15, -12), 4: (10, 0, 18), 28: (8, -8, -5)}
+    right = {10: 49, 11: 50, 26: 58, 18: 54, 17: 53, 4: 43, 28: 60}
+    centres = {n: np.array(p, float) * (-1, 1, 1) for n, p in left.items()}
+    centres |= {right[n]: np.array(p, float) for n, p in left.items()}
+    assert np.array_equal(upright(centres), np.eye(3))
+    oblique = Rotation.from_rotvec(rng.normal(0, 0.1, 3)).as_matrix()
+    backwards = np.diag([-1.0, -1.0, 1.0])
+    turned = {n: backwards @ oblique @ p for n, p in centres.items()}
+    assert np.array_equal(upright(turned), backwards)
+    assert np.array_equal(upright({}), np.eye(3))
+
+
+def test_a_small_and_a_large_head_are_shown_whole_and_at_one_scale():
+    maps = [(brain(), ras_affine(2.5)), (brain(), ras_affine(3.0))]
+    widths = []
+    for address in aligned_pictures(maps):
+        picture = np.asarray(
+            Image.open(io.BytesIO(base64.b64decode(address.split(',')[1]))).convert('L')
+        )
+        assert not picture[0].any()
+        assert not picture[:, 0].any()
+        assert not picture[:, -1].any()
+        widths.append(np.ptp(np.flatnonzero(picture.any(1))))
+    assert widths[1] / widths[0] == pytest.approx(1.2, abs=0.03)
+
+
+def test_a_thickness_that_no_cortex_has_is_said_to_be_unusable(metrics, tmp_path):
+    thick = replace(metrics, sessions=metrics.sessions.copy())
+    thick.sessions.loc['ses-A', 'Mean cortical thickness'] = 8.0
+    thick.sessions.loc['ses-B', 'Mean cortical thickness'] = 3.0
+    page = generate_development_report(thick, tmp_path / 'x.html').read_text()
+    assert 'Do not use area, thickness and gyrification of ses-A:' in page
+
+
+def test_published_growth_stands_beside_a_childs_own_over_the_same_ages_only():
+    for growth in published_growth():
+        assert growth.url.startswith('https://')
+        assert growth.months[0] < growth.months[1]
+    rows = [{'Segmented brain': 400.0}, {'Segmented brain': 800.0}, {'Segmented brain': 900.0}]
+    found = {(r['measure'], r['span']): r for r in beside_published([1.0, 12.0, 18.0], rows)}
+    first = found['Total brain', '0.7 to 12 months']
+    assert (first['percent'], first['own'], first['children']) == ('+101', '+100', '98')
+    assert found['Total brain', '12 to 24 months']['own'] == 'no sessions at both ages'
+    assert found['Cerebellum', '0.7 to 12 months']['own'] == 'no sessions at both ages'
+    assert beside_published([30.0, 40.0, None], rows) == []
+    assert beside_published([6.0, 6.0, None], rows) == []

@@ -17,10 +17,17 @@ from babyseg_bids.morphometry import structure_name
 from babyseg_bids.qc import session_qc
 from babyseg_bids.records import Age, Flag
 from babyseg_bids.reports import figures, viewer, wording
+from babyseg_bids.reports.against_age import against_age, group_table_of
 from babyseg_bids.reports.charts import Point, growth_chart, ticks
 from babyseg_bids.reports.files import collect, unique_flags, write_atomic
 from babyseg_bids.reports.review import places_to_review
-from babyseg_bids.reports.session import SessionReportData, write_session_report
+from babyseg_bids.reports.session import (
+    MEASURE_NAMES,
+    NOT_SHOWN,
+    SessionReportData,
+    _quality_rows,
+    write_session_report,
+)
 from babyseg_bids.reports.subject import write_subject_report
 
 VOID = {'meta', 'link', 'img', 'input', 'br', 'hr'}
@@ -142,6 +149,52 @@ def test_a_session_page_tells_what_was_done(report):
     ):  # fmt: skip
         assert text in page.words, text
     assert 'TIV' not in page.words
+
+
+def test_each_measure_is_judged_by_its_own_limit_and_has_a_name(report):
+    _, folder = report
+    data = report_data(folder)
+    qc = {**data.qc, 'anterior_axis': -0.98, 'superior_axis': 0.99, 'edge_share': 0.0}
+    rows = {r['name']: r for r in _quality_rows(replace(data, qc=qc))}
+    verdicts = {n.partition(' axis')[0]: r['verdict'] for n, r in rows.items() if ' axis' in n}
+    assert verdicts['Back-to-front'] == 'severe'
+    assert verdicts['Bottom-to-top'] == 'fine'
+    numbers = {k for k, v in data.qc.items() if isinstance(v, (int, float))}
+    assert numbers - set(NOT_SHOWN) <= set(MEASURE_NAMES)
+
+
+def test_labels_that_contradict_the_header_are_not_called_neurological(tmp_path):
+    data = report_data(tmp_path)
+    write_session_report(
+        tmp_path / 'page.html', replace(data, qc={**data.qc, 'left_right_axis': -1.0})
+    )
+    page = Page((tmp_path / 'page.html').read_text())
+    assert "contradict the scan's header" in page.words
+    assert 'Neurological convention' not in page.words
+
+
+def test_a_session_is_compared_with_its_cohort_once_there_is_one(tmp_path):
+    anat = tmp_path / 'sub-01' / 'ses-A' / 'anat'
+    anat.mkdir(parents=True)
+    labels = anat / 'labels.nii.gz'
+    assert group_table_of(labels) is None
+    months = np.linspace(1, 24, 12)
+    rows = [f'{m}\t{300_000 + 200_000 * np.log1p(m)}' for m in months]
+    text = '\n'.join(['age_months\tsegmented_brain_volume_mm3', *rows])
+    (tmp_path / 'group_desc-babyseg_morph.tsv').write_text(text)
+    table = group_table_of(labels)
+    volumes = {2: 500_000.0, 41: 300_000.0}
+    found = against_age(volumes, 9.0, table, 'sub-01_ses-A')
+    expected = 300 + 200 * np.log(10)
+    assert found.sessions == 12
+    ((name, volume, curve, percent, _),) = found.rows
+    assert (name, volume) == ('Segmented brain', '800.0')
+    assert float(curve) == pytest.approx(expected, abs=0.1)
+    assert percent == f'{100 * (800 / expected - 1):+.0f}'.replace('-', '−')
+    (chart,) = found.charts
+    assert float(chart.x_ticks[-1][1]) >= 24
+    assert against_age(volumes, 90.0, table, 'x').rows == ()
+    assert against_age(volumes, None, table, 'x') is None
 
 
 def test_flags_stand_once_and_the_worst_first(report):
@@ -356,6 +409,7 @@ def test_doubt_stray_pieces_and_wrong_sides_are_places_to_look_at():
     reasons = [p.reason for p in places_to_review(swapped, None, affine, table)]
     assert sum('beyond the midline' in reason for reason in reasons) == 2
     assert places_to_review(np.zeros_like(labels), uncertainty, affine, table) == []
+    assert replace(peak, mm=(-0.4, 0.4, -12.6)).text == '0, 0, −13'
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,7 @@ def growth_chart(
     x_title: str,
     curve: Sequence[tuple[float, float]] = (),
     spread: float = 0.0,
+    whole_curve: bool = False,
 ) -> Chart | None:
     """Lay out a chart of values against age; None without points.
 
@@ -140,12 +141,14 @@ def growth_chart(
     ----------
     curve : (age, value) of the cohort's curve
     spread : of log(value / curve); the band is twice it, and there is none without it
+    whole_curve : whether the axes reach as far as the curve, and not only as the points
     """
     if not points:
         return None
     points = sorted(points, key=lambda p: (p.series, p.x, p.name))
-    x_marks, x_place = _scale([p.x for p in points], LEFT, WIDTH - RIGHT)
-    y_marks, y_place = _scale([p.y for p in points], HEIGHT - BOTTOM, TOP)
+    reached = [*((p.x, p.y) for p in points), *(curve if whole_curve else ())]
+    x_marks, x_place = _scale([x for x, _ in reached], LEFT, WIDTH - RIGHT)
+    y_marks, y_place = _scale([y for _, y in reached], HEIGHT - BOTTOM, TOP)
 
     def line_of(pairs: Sequence[tuple[float, float]]) -> str:
         kept = [(x, min(max(y, y_marks[0]), y_marks[-1])) for x, y in pairs]

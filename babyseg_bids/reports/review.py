@@ -32,7 +32,8 @@ class Place:
     @property
     def text(self) -> str:
         """The position for people: `−12, 4, 33`."""
-        return ', '.join(say.number(v + 0.0, '.0f') for v in self.mm)
+        # Rounded first: a format would write -0.4 as a zero with a sign.
+        return ', '.join(say.number(float(round(v)) + 0.0, '.0f') for v in self.mm)
 
 
 def _place(

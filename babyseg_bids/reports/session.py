@@ -25,6 +25,7 @@ from babyseg_bids.qc_flags import LIMITS
 from babyseg_bids.records import Flag, SessionInputs
 from babyseg_bids.reports import figures as fig
 from babyseg_bids.reports import wording as say
+from babyseg_bids.reports.against_age import AgainstAge, against_age, group_table_of
 from babyseg_bids.reports.files import render, unique_flags, write_atomic
 from babyseg_bids.reports.review import places_to_review
 from babyseg_bids.reports.viewer import viewer_code, viewer_data
@@ -71,12 +72,30 @@ REFERENCES = (
 # Measures in the order of the page, with their form.
 MEASURE_NAMES: dict[str, tuple[str, str]] = {
     'mean_confidence': ('Mean confidence', '.3f'),
+    'predicted_dice_mean': ('Predicted Dice, mean over the structures', '.3f'),
     'uncertain_share': ('Share of the brain over the uncertainty threshold', '.3f'),
+    'structure_uncertain_max': ('The same in the least certain structure (share)', '.3f'),
+    'mean_uncertainty': ('Mean uncertainty', '.3f'),
+    'scan_agreement_min': ('Agreement of the scans, the worst one (Dice)', '.3f'),
     'snr_white_matter': ('Signal to noise, white matter', '.1f'),
     'snr_cortex': ('Signal to noise, cortex', '.1f'),
     'snr_deep_grey': ('Signal to noise, deep grey matter', '.1f'),
+    'snr_ventricle': ('Signal to noise, ventricles', '.1f'),
+    'snr_cerebellum': ('Signal to noise, cerebellum', '.1f'),
+    'snr_brainstem': ('Signal to noise, brainstem', '.1f'),
     'cnr_white_matter_cortex': ('Contrast to noise, white matter and cortex', '.2f'),
     'cnr_cortex_ventricle': ('Contrast to noise, cortex and ventricles', '.2f'),
+    'noise_percent': ('Noise (% of the white matter)', '.1f'),
+    'bias_field_percent': ('Range of the smooth intensity field (%)', '.1f'),
+    'stripe_ratio': ('Stripes: fine variation, roughest over smoothest axis', '.2f'),
+    'ghost_share': ('Ghosts in the air (share of the brain)', '.3f'),
+    'edge_width_mm': ('Width of the border of white matter and cortex (mm)', '.2f'),
+    'smoothness_mm': ('Effective resolution (mm)', '.2f'),
+    'voxel_min_mm': ('Shortest edge of a voxel (mm)', '.2f'),
+    'voxel_max_mm': ('Longest edge of a voxel (mm)', '.2f'),
+    'edge_area_mm2': ('Brain in the edge of the image (mm²)', '.0f'),
+    'edge_share': ('The same, relative to the size of the brain', '.3f'),
+    'flat_cut_share': ('Largest flat end of the brain (share of its cross-section)', '.3f'),
     'largest_component_min': ('Largest piece of the most fragmented structure (share)', '.3f'),
     'left_right_axis': ('Left-right axis of the labels against the scanner (cosine)', '.3f'),
     'left_right_misplaced_share': ('Left or right labels beyond the midline (share)', '.4f'),
@@ -85,8 +104,9 @@ MEASURE_NAMES: dict[str, tuple[str, str]] = {
     'handedness': ('Handedness of the labels (1: as in a body, −1: as in a mirror)', '.3f'),
     'hemisphere_asymmetry_percent': ('Asymmetry of the hemispheres (%, left larger: +)', '+.1f'),
     'structure_asymmetry_percent': ('Asymmetry of the most asymmetric structure (%)', '+.1f'),
-    'edge_area_mm2': ('Brain in the edge of the image (mm²)', '.0f'),
 }
+# Measured with a sign; either way beyond a limit is flagged.
+EITHER_WAY = ('hemisphere_asymmetry_percent', 'structure_asymmetry_percent')
 
 # Shown elsewhere on the page.
 NOT_SHOWN = ('segmented_brain_volume_mm3', 'voxel_volume_mm3', 'uncertainty_threshold')
@@ -225,6 +245,12 @@ def legend(table: LabelTable, /) -> list[dict[str, str]]:
     """One entry for each colour; both sides of a structure share one."""
     rows = [row for row in table.structures if row.hemisphere != 'R']
     return [{'color': row.color, 'name': structure_name(row.name)} for row in rows]
+
+
+def header_contradicted(qc: Mapping[str, Any], /) -> bool:
+    """Whether the labels say that the head lies otherwise than the scan's header does."""
+    keys = ('left_right_axis', 'anterior_axis', 'superior_axis')
+    return any(LIMITS[key].severity(qc.get(key)) == 'severe' for key in keys)
 
 
 def _facts(data: SessionReportData, flags: list[Flag]) -> list[tuple[str, str, str]]:
@@ -374,21 +400,25 @@ def _measures(qc: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     return known | others
 
 
-def _quality_rows(data: SessionReportData, flags: list[Flag]) -> list[dict[str, str]]:
-    """The measures with their limits, and whether they were flagged."""
-    raised = {f.code: f.severity for f in flags}
+def _quality_rows(data: SessionReportData) -> list[dict[str, str]]:
+    """The measures with their limits, and how each compares with its own.
+
+    The verdict is that of the measure and not of its flag, which several measures may share.
+    """
     rows = []
     for key, (name, form) in _measures(data.qc).items():
         value, limit = data.qc[key], LIMITS.get(key)
-        level = raised.get(limit.code, '') if limit else ''
-        judged = limit is not None and value is not None
+        level = ''
+        if limit is not None and value is not None:
+            size = abs(value) if key in EITHER_WAY else value
+            level = limit.severity(size, data.inputs.age.months) or 'good'
         rows.append(
             {
                 'name': name,
                 'value': say.number(value, form),
                 'limit': say.limit_text(limit) if limit else '',
-                'level': level or ('good' if judged else ''),
-                'verdict': level or 'fine',
+                'level': level,
+                'verdict': 'fine' if level == 'good' else level,
             }
         )
     return rows
@@ -402,6 +432,14 @@ def _further_rows(morph: pd.DataFrame, table: LabelTable) -> tuple[list[str], li
         values = [row[n] if isinstance(row[n], str) else say.number(row[n], '.4g') for n in names]
         rows.append((say.sided_name(table[int(row['index'])]), values))
     return names, rows
+
+
+def _against_age(data: SessionReportData) -> AgainstAge | None:
+    """The session's volumes against age."""
+    known = data.morph.dropna(subset=['volume-mm3'])
+    volumes = dict(zip(known['index'].astype(int), known['volume-mm3'], strict=True))
+    table = group_table_of(data.labels)
+    return against_age(volumes, data.inputs.age.months, table, data.inputs.name)
 
 
 def write_session_report(path: str | os.PathLike[str], data: SessionReportData, /) -> None:
@@ -436,6 +474,7 @@ def write_session_report(path: str | os.PathLike[str], data: SessionReportData, 
         scans=_scan_rows(data),
         flags=flags,
         reference=reference,
+        contradicted=header_contradicted(data.qc),
         legend=legend(table),
         figures=draw_slices(volume, data),
         aligned=draw_aligned(volume, data),
@@ -449,9 +488,11 @@ def write_session_report(path: str | os.PathLike[str], data: SessionReportData, 
         tissues=tissues,
         tissue_scale=tissue_scale,
         structures=_structure_rows(data.morph, table),
+        aged=_against_age(data),
+        age=say.age_text(data.inputs.age),
         further_names=further[0],
         further=further[1],
-        quality=_quality_rows(data, flags),
+        quality=_quality_rows(data),
         methods=methods,
         references=() if cited else REFERENCES,
         bibliography=BIBLIOGRAPHY,

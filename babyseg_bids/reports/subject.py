@@ -15,7 +15,7 @@ import pandas as pd
 from babyseg_bids import __version__
 from babyseg_bids.development import DERIVED, DevelopmentalMetrics, development_row
 from babyseg_bids.errors import OutputError
-from babyseg_bids.labels import TISSUES
+from babyseg_bids.labels import TISSUES, label_table
 from babyseg_bids.longitudinal import (
     BRAIN,
     GrowthCurve,
@@ -31,10 +31,13 @@ from babyseg_bids.reports import wording as say
 from babyseg_bids.reports.charts import Chart, Point, growth_chart
 from babyseg_bids.reports.cohort import Outlier, Trend
 from babyseg_bids.reports.files import Derivative, collect, render, write_atomic
+from babyseg_bids.reports.published import beside_published
 from babyseg_bids.reports.side_by_side import aligned_pictures
 
 # Digits of the measures that are no volumes.
 FORMATS = {'1': '.3f', 'percent': '+.1f', 'mm': '.2f', 'mm^2': '.0f'}
+# No child's cortex is that thick on average, mm: its sulci are closed in the label map.
+THICKEST_MM = 5.0
 GROUP_TABLE = 'group_desc-babyseg_morph.tsv'
 
 
@@ -62,7 +65,7 @@ def session_row(record: Derivative, out_dir: Path, /) -> dict[str, Any]:
         'brain': say.millilitres(brain),
         'flags': ', '.join(f'{n} {s}' for s, n in counts.items() if n) or 'none',
         'rank': rank,
-        'hint': '\n'.join(f'{f.severity}: {f.message}' for f in record.flags),
+        'hint': '\n'.join(f'{f.severity}: {f.message} ({f.code})' for f in record.flags),
         'level': alarming[0].severity if alarming else ('info' if record.flags else 'good'),
         'note': record.problem,
     }
@@ -96,7 +99,9 @@ def growth_charts(
             point = Point(age, volume / 1000, series, name, link, flagged, why, row)
             points.setdefault(what, []).append(point)
     charts = []
-    for what, some in points.items():
+    # In the order of the table, whichever the first session has.
+    titles = [BRAIN, *dict.fromkeys(spoken_tissue(r.tissue) for r in label_table().structures)]
+    for what, some in sorted(points.items(), key=lambda item: titles.index(item[0])):
         trend = trends.get(what)
         curve = list(zip(trend.months, trend.values / 1000, strict=True)) if trend else []
         spread = trend.sd if trend else 0.0
@@ -135,9 +140,9 @@ def _fitted(path: Path, *_: int) -> dict[str, GrowthCurve]:
     return {name: curve for name, curve in found.items() if curve}
 
 
-def _drawn(curve: GrowthCurve, points: Sequence[Point]) -> list[tuple[float, float]]:
-    """Points (months, mL) of a curve over the ages of a chart, where it is defined."""
-    months = np.linspace(min(p.x for p in points), max(p.x for p in points), 40)
+def drawn_curve(curve: GrowthCurve, first: float, last: float, /) -> list[tuple[float, float]]:
+    """Points (months, mL) of a curve between two ages, where it is defined."""
+    months = np.linspace(first, last, 40)
     values = curve.at(months) / 1000
     return [(float(m), float(v)) for m, v in zip(months, values, strict=True) if np.isfinite(v)]
 
@@ -179,12 +184,18 @@ def _measure_rows(rows: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
     return [
         {
             'name': name,
-            'unit': unit,
+            'unit': say.UNITS[unit],
             'about': about,
             'values': [say.number(row.get(name), FORMATS[unit]) for row in rows],
         }
         for name, (unit, about) in DERIVED.items()
     ]
+
+
+def _unresolved(visits: Sequence[Visit], rows: Sequence[Mapping[str, float]]) -> str:
+    """The sessions whose label map closes the sulci."""
+    thick = [row.get('Mean cortical thickness', 0.0) for row in rows]
+    return ', '.join(v.session for v, t in zip(visits, thick, strict=True) if t > THICKEST_MM)
 
 
 def _trajectories(
@@ -205,15 +216,21 @@ def _trajectories(
                 points.setdefault(name, []).append(point)
     structures = {name for v in visits for name in structure_volumes(v.volumes)}
     charts: tuple[list[Chart], list[Chart]] = ([], [])
-    for name, found in points.items():
-        unit = DERIVED[name][0] if name in DERIVED else 'mL'
+    # A measure that the first session lacks keeps its place: volumes first.
+    order = [name for r in rows for name in r if name not in DERIVED]
+    for name in dict.fromkeys([*order, *DERIVED]):
+        if name not in points:
+            continue
+        found = points[name]
+        ages = [p.x for p in found]
+        unit = say.UNITS[DERIVED[name][0]] if name in DERIVED else 'mL'
         curve = curves.get(name)
         chart = growth_chart(
             name,
             unit,
             found,
             'Age (months)',
-            _drawn(curve, found) if curve else (),
+            drawn_curve(curve, min(ages), max(ages)) if curve else (),
         )
         if chart:
             charts[name in structures].append(chart)
@@ -309,6 +326,9 @@ def _write(
         undated=', '.join(v.session for v in visits if v.months is None),
         growth=_growth_rows(growth_table([v for v in visits if v.volumes])),
         measures=_measure_rows(rows),
+        published=beside_published([v.months for v in visits], rows),
+        unresolved=_unresolved(visits, rows),
+        thickest=f'{THICKEST_MM:g}',
         structures=_structure_rows(visits),
         **values,
     )

@@ -14,6 +14,9 @@ from babyseg_bids.records import Age, Flag
 _HEADING = re.compile(r'^#{1,6}\s+')
 _ITEM = re.compile(r'^\s*[-*]\s+')
 
+# Units as people write them.
+UNITS = {'1': 'ratio', 'percent': '%', 'mm': 'mm', 'mm^2': 'mm²'}
+
 VERDICTS = {
     'severe': 'Look closely: something is probably wrong',
     'warning': 'Look at the flags',

@@ -7,7 +7,8 @@
   // All rows in the order of the file; points of charts refer to rows by their number in it.
   const all = [...table.tBodies].flatMap((part) => [...part.rows]);
   [...table.tBodies].slice(1).forEach((part) => part.remove());
-  const texts = all.map((row) => row.textContent.toLowerCase());
+  // What flags say stands in the titles of their cells, and is searched too.
+  const texts = all.map((row) => `${row.textContent} ${row.querySelector('.badge').title}`.toLowerCase());
   let order = all.map((_, i) => i);
   let shown = order;
   let page = 0;

@@ -108,7 +108,7 @@
     const { Niivue, NVImage } = window.niivue;
     nv = new Niivue({
       loadingText: '', dragAndDropEnabled: false, logLevel: 'error', crosshairColor: [1, 0.84, 0.4, 0.9],
-      crosshairGap: 6, scrollRequiresFocus: true, isNearestInterpolation: false,
+      crosshairGap: 6, crosshairWidth: 0.5, isCornerOrientationText: true, scrollRequiresFocus: true, isNearestInterpolation: false,
       multiplanarShowRender: 0, fontColor: [1, 0.84, 0.4, 1],
     });
     nv.onLocationChange = say;

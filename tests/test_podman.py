@@ -39,7 +39,7 @@ PODMAN_SECONDS = 120
 
 
 def write_image(path: Path) -> None:
-    """A root file system of a shell, a few programs of this machine and the libraries of theirs."""
+    """A root file system of a shell, a few programs of this machine and their libraries."""
     files = {'bin/babyseg': PROGRAM.encode()}
     for name in PROGRAMS:
         program = shutil.which(name)
@@ -93,11 +93,15 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
             pytest.skip(f'podman does not work here: {done.stderr.strip().splitlines()[-1:]}')
 
     change = 'ENTRYPOINT ["/bin/babyseg"]'
-    run('import', '--change', change, '--change', 'ENV PATH=/bin', str(folder / 'image.tar'), IMAGE)
+    run(
+        'import', '--change', change, '--change', 'ENV PATH=/bin', str(folder / 'image.tar'), IMAGE
+    )
     run('run', '--rm', '--network', 'none', '--entrypoint', '/bin/sh', IMAGE, '-c', 'exit 0')
     yield environ
     # Layers belong to the numbers that podman gave them.
-    subprocess.run(['podman', 'rmi', '--force', IMAGE], env=environ, capture_output=True, check=False)
+    subprocess.run(
+        ['podman', 'rmi', '--force', IMAGE], env=environ, capture_output=True, check=False
+    )
 
 
 def command(folder: Path, *words: str) -> list[str]:

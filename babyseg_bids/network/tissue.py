@@ -56,7 +56,7 @@ def redistribute(
         total = posteriors[a] + posteriors[b]
         odds = posteriors[a] * factor
         posteriors[a] = total * odds / (odds + posteriors[b]).clamp_min_(1e-12)
-        posteriors[b] = total - posteriors[a]
+        posteriors[b] = (total - posteriors[a]).clamp_min_(0)
 
 
 def _likelihood_ratio(white: Tensor, cortex: Tensor, scans: Tensor, *, sigma: float) -> Tensor:

@@ -13,7 +13,7 @@ SIZE = (48, 40, 44)
 
 
 def blades():
-    """Truth (*size): a core of white matter with thin blades, cortex around it, thalamus inside."""
+    """Truth (*size): white matter with thin blades, cortex around it, thalamus inside."""
     truth = torch.full(SIZE, CORTEX)
     truth[14:34, 12:28, 12:32] = WHITE
     truth[18:20, 4:36, 12:32] = WHITE

@@ -103,15 +103,16 @@ def done(output: Path) -> set[str]:
 
 
 def moments() -> list[float]:
-    """Shares of a run after which something is killed."""
+    """Shares of a run after which something is killed; names of tests must not depend on them."""
     rng = random.Random(SEED)
     return [rng.random() for _ in range(KILLS)]
 
 
-@pytest.mark.parametrize('moment', moments())
+@pytest.mark.parametrize('number', range(KILLS))
 def test_after_a_kill_of_the_whole_run_the_next_one_completes_it(
-    undisturbed: Undisturbed, tmp_path: Path, moment: float
+    undisturbed: Undisturbed, tmp_path: Path, number: int
 ) -> None:
+    moment = moments()[number]
     print(f'BABYSEG_SEED={SEED}, moment {moment:.3f} of {undisturbed.seconds:.1f} s')
     output = tmp_path / 'out'
     process = start(undisturbed, output)
@@ -129,10 +130,11 @@ def test_after_a_kill_of_the_whole_run_the_next_one_completes_it(
     assert_resumed(undisturbed, output)
 
 
-@pytest.mark.parametrize('moment', moments())
+@pytest.mark.parametrize('number', range(KILLS))
 def test_a_killed_worker_is_reported_truly_and_its_session_done_again(
-    undisturbed: Undisturbed, tmp_path: Path, moment: float
+    undisturbed: Undisturbed, tmp_path: Path, number: int
 ) -> None:
+    moment = moments()[number]
     print(f'BABYSEG_SEED={SEED}, moment {moment:.3f} of {undisturbed.seconds:.1f} s')
     output = tmp_path / 'out'
     process = start(undisturbed, output)

@@ -75,10 +75,9 @@ def no_description(path: Path, /) -> str:
 
 def output_unwritable(path: Path, reason: str, /) -> str:
     """The output or work folder cannot be written."""
-    what = 'Free space there or choose another folder.'
-    if not is_full(reason):
-        what = 'Choose another folder or change its permissions.'
-    return f'Cannot write to {path} ({reason}). {what}'
+    if is_full(reason):
+        return f'Cannot write to {path} ({reason}). Free space there or choose another folder.'
+    return f'Cannot write to {path} ({reason}). Choose another folder or change its permissions.'
 
 
 def is_full(reason: str, /) -> bool:

@@ -40,10 +40,18 @@ def draft(content: Content, target: Path, /) -> Path:
         else:
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + '\n'
             temporary.write_text(text, 'utf-8')
-    except BaseException:
+    except BaseException as e:
         temporary.unlink(missing_ok=True)
+        if isinstance(e, OSError) and not _is_about_source(e, temporary):
+            raise OSError(e.errno, e.strerror, str(target)) from e
         raise
     return temporary
+
+
+def _is_about_source(error: OSError, temporary: Path) -> bool:
+    """Whether what was to be copied could not be read."""
+    names = [n for n in (error.filename, error.filename2) if n is not None]
+    return bool(names) and str(temporary) not in map(str, names)
 
 
 def publish_session(

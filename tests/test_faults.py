@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -231,10 +232,22 @@ def control_group() -> Iterator[Path]:
             (group / 'memory.swap.max').write_text('0')
         if limited:
             yield group
-            group.rmdir()
+            _remove_group(group)
             return
         group.rmdir()
     pytest.skip('this user may not make a control group with a limit of memory')
+
+
+def _remove_group(group: Path) -> None:
+    """Remove a control group once its last process is gone."""
+    for _ in range(300):
+        try:
+            group.rmdir()
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return
+    group.rmdir()
 
 
 def test_a_worker_that_the_system_kills_for_memory_is_named_with_estimate_and_limit(

@@ -200,15 +200,6 @@ def test_python_versions_agree(root: Path) -> None:
     assert '(3, 11) <= sys.version_info[:2] <= (3, 13)' in (root / 'Makefile').read_text()
 
 
-def test_usage_page_has_every_option_of_the_program_and_no_other(root: Path) -> None:
-    script = Path(sys.executable).with_name('babyseg')
-    shown = subprocess.run([script, '--help'], capture_output=True, text=True, check=True).stdout
-    known = set(re.findall(r'(?<![\w-])--[a-z][a-z-]+', shown))
-    page = (root / 'docs' / 'usage.md').read_text().partition('## All options')[2]
-    listed = set(re.findall(r'`(--[a-z][a-z-]+)', page.partition('\n## ')[0]))
-    assert listed == known - {'--help'}
-
-
 @pytest.fixture(scope='module')
 def all_help() -> str:
     """What all programs say about themselves."""

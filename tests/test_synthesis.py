@@ -276,15 +276,15 @@ def test_prepared_maps_survive_the_file_and_can_be_left_out(source_map, tmp_path
         maps.load_maps(tmp_path / 'none.npz')
 
 
-def test_unreadable_or_coarse_maps_are_refused(tmp_path):
+def test_unreadable_and_unlabelled_maps_are_refused(tmp_path):
     bad = tmp_path / 'bad.nii.gz'
     bad.write_bytes(b'no image')
     with pytest.raises(InputError, match=r'bad\.nii\.gz cannot be read'):
         maps.prepare_map(bad)
-    coarse = tmp_path / 'coarse.nii.gz'
-    nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.int16), np.diag([2, 2, 2, 1])), coarse)
-    with pytest.raises(InputError, match='1 mm'):
-        maps.prepare_map(coarse)
+    foreign = tmp_path / 'foreign.nii.gz'
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.int16), np.diag([2, 2, 2, 1])), foreign)
+    with pytest.raises(InputError, match=r'foreign\.nii\.gz: the map holds none of the labels'):
+        maps.prepare_map(foreign)
 
 
 # The command.

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import nibabel as nib
@@ -13,22 +14,31 @@ import pytest
 from babyseg_bids.alignment import Alignment
 from babyseg_bids.discovery import find_sessions
 from babyseg_bids.interfaces.session import after_alignment
+from babyseg_bids.labels import label_table
 from babyseg_bids.outputs import is_done
 from babyseg_bids.records import Age, LedgerRow, Scan, SessionInputs
 from babyseg_bids.settings import Settings
+from babyseg_bids.synthesis.atlas import load_atlas, sample_label_map
 
-AFFINE = np.diag([2.5, 2.5, 2.5, 1.0])
+AFFINE = np.diag([2.0, 2.0, 2.0, 1.0])
 AFFINE[:3, 3] = -60
 
 
+@cache
+def brain():
+    """Tissue of each voxel of 2 mm in a child of seven months who never was."""
+    labels, _ = sample_label_map(load_atlas(), 7.0, seed=1)
+    tissues = np.full(256, 2)
+    for row in label_table().rows:
+        kind = {'background': 0, 'ventricle': 1, 'cortex': 2, 'white-matter': 3}
+        tissues[row.index] = kind.get(row.tissue, 2)
+    return tissues[labels[::2, ::2, ::2]]
+
+
 def head(contrast, seed=0):
-    """A head of 2.5 mm voxels: scalp, fluid, cortex and white matter."""
-    axes = np.meshgrid(*[np.arange(48) * 2.5 - 60] * 3, indexing='ij')
-    radius = np.sqrt((axes[0] / 0.85) ** 2 + axes[1] ** 2 + (axes[2] / 0.8) ** 2)
-    image = np.zeros(radius.shape)
-    for limit, value in zip((55, 50, 46, 38), contrast, strict=True):
-        image[radius < limit] = value
-    noise = np.random.default_rng(seed).normal(0, 0.02, radius.shape)
+    """A stripped scan with the grey values of fluid, grey matter and white matter."""
+    image = np.array([0.0, *contrast])[brain()]
+    noise = np.random.default_rng(seed).normal(0, 0.02, image.shape)
     return np.round(1000 * np.clip(image + noise, 0, None)).astype(np.int16)
 
 
@@ -45,7 +55,11 @@ def dataset(tmp_path_factory):
     (folder / 'dataset_description.json').write_text(json.dumps(description))
     (folder / 'participants.tsv').write_text('participant_id\tage\nsub-01\t7\nsub-02\t9\n')
     (folder / 'participants.json').write_text('{"age": {"Units": "month"}}')
-    t1, t2 = (0.8, 0.1, 0.5, 0.7), (0.4, 1.0, 0.6, 0.4)
+    (folder / 'sub-01').mkdir()
+    sessions = 'session_id\tage\nses-A\t7\nses-B\t9\n'
+    (folder / 'sub-01' / 'sub-01_sessions.tsv').write_text(sessions)
+    (folder / 'sub-01' / 'sub-01_sessions.json').write_text('{"age": {"Units": "month"}}')
+    t1, t2 = (0.1, 0.5, 0.7), (1.0, 0.6, 0.4)
     write(folder, 'sub-01/ses-A/anat/sub-01_ses-A_T1w.nii.gz', head(t1))
     write(folder, 'sub-01/ses-A/anat/sub-01_ses-A_T2w.nii.gz', head(t2))
     write(folder, 'sub-01/ses-B/anat/sub-01_ses-B_T2w.nii.gz', head(t2, 2))
@@ -72,7 +86,7 @@ def templateflow(tmp_path_factory):
     """A TemplateFlow folder with cohort 3 of one template, a head like those of the dataset."""
     folder = tmp_path_factory.mktemp('templateflow')
     name = 'tpl-MNIInfant/cohort-3/tpl-MNIInfant_cohort-3_res-1_T1w.nii.gz'
-    write(folder, name, head((0.8, 0.1, 0.5, 0.7), 5))
+    write(folder, name, head((0.1, 0.5, 0.7), 5))
     return folder
 
 

@@ -3,12 +3,25 @@
 import nibabel as nib
 import numpy as np
 import pytest
-from test_workflow import AFFINE, head
 
 from babyseg_bids.preprocessing import preprocess
 
-CONTRAST = (0.8, 0.1, 0.5, 0.7)
-CLEAN = head(CONTRAST).astype(np.float32)
+AFFINE = np.diag([2.5, 2.5, 2.5, 1.0])
+AFFINE[:3, 3] = -60
+
+
+def shells() -> np.ndarray:
+    """A head of 2.5 mm voxels: scalp, fluid, cortex and white matter."""
+    axes = np.meshgrid(*[np.arange(48) * 2.5 - 60] * 3, indexing='ij')
+    radius = np.sqrt((axes[0] / 0.85) ** 2 + axes[1] ** 2 + (axes[2] / 0.8) ** 2)
+    image = np.zeros(radius.shape)
+    for limit, value in ((55, 800), (50, 100), (46, 500), (38, 700)):
+        image[radius < limit] = value
+    noise = np.random.default_rng(0).normal(0, 20, radius.shape)
+    return np.round(np.clip(image + noise, 0, None)).astype(np.float32)
+
+
+CLEAN = shells()
 INNER = (CLEAN > 600) & (CLEAN < 800)
 
 

@@ -15,7 +15,7 @@ _RMS = 0.2
 
 
 def orthogonalise(matrix: Tensor, /) -> Tensor:
-    """The nearest matrix with orthonormal rows or columns, roughly: singular values 0.7 to 1.2.
+    """The nearest matrix with orthonormal rows or columns, roughly: singular values near one.
 
     Parameters
     ----------

@@ -158,21 +158,25 @@ def _predict(
         limit = int(_MEMORY_SHARE * room * GIB / _bytes_a_voxel(model, len(scans)))
         view = _AHEAD
         result = _coarse(small, network, view, limit)
-        part = _part_with_brain(_posteriors(result, view, model), network)
+        coarse = _posteriors(result, view, model)
+        remove_islands(coarse)
+        part = _part_with_brain(coarse, network)
         small, result = small[(slice(None), *part)], result.window(part)
+        coarse = coarse[(slice(None), *part)].contiguous()
         if network.fine:
             scans = scans[(slice(None), *_doubled(part))]
         if either_way:
             back = _coarse(small, network, _BACK, limit)
-            gain = deep_fit(_posteriors(back, _BACK, model), small, model)
-            gain -= deep_fit(_posteriors(result, view, model), small, model)
+            turned = _posteriors(back, _BACK, model)
+            gain = deep_fit(turned, small, model) - deep_fit(coarse, small, model)
             if gain > _TURN_MARGIN:
-                view, result = _BACK, back
+                view, result, coarse = _BACK, back, turned
+            del back, turned
         results = {view: result}
         if both_sides:
             mirrored = _BACK_MIRRORED if view == _BACK else _AHEAD_MIRRORED
             results[mirrored] = _coarse(small, network, mirrored, limit)
-        coarse = _mean([_posteriors(r, v, model) for v, r in results.items()])
+            coarse = _mean([coarse, _posteriors(results[mirrored], mirrored, model)])
         remove_islands(coarse)
         near = _near_brain(coarse)
         box = _box(near)
@@ -269,8 +273,8 @@ def _order(view: _View, model: Model, device: torch.device) -> Tensor | None:
 
 def _unflip(logits: Tensor, view: _View, model: Model) -> Tensor:
     """Posteriors (C, *size) in the scans' own axes from a view's logits."""
-    # In memory the channels of a voxel lie side by side; a softmax along them is ten times faster
-    # when torch is told so.
+    # In memory the channels of a voxel lie side by side; a softmax along them is several times
+    # faster when torch is told so.
     last = logits.movedim(0, -1).float()
     if model.temperature != 1:
         last = last / model.temperature
@@ -314,14 +318,8 @@ def _box(mask: Tensor) -> Box:
 
 
 def _part_with_brain(posteriors: Tensor, network: GroupUNet) -> Box:
-    """The part of a volume that the passes after the first look at; all of it without a brain.
-
-    Parameters
-    ----------
-    posteriors : (C, *size), changed in place
-    """
+    """The part of a volume that the passes after the first look at; all of it without a brain."""
     size = posteriors.shape[1:]
-    remove_islands(posteriors)
     near = _near_brain(posteriors)
     if not bool(near.any()):
         return tuple(slice(0, n) for n in size)  # type: ignore[return-value]

@@ -22,9 +22,11 @@ _LOG = logging.getLogger(__name__)
 Box = tuple[slice, slice, slice]
 
 # What is background by more than this is left out of the refinement, unless it is within so many
-# voxels of the U-Net's grid of what is not.
+# voxels of the U-Net's grid of what is not; so is what is farther than `_FAR` from likely brain,
+# such as a skull that the network is not sure about.
 _SURE = 0.9
 _NEAR = 1
+_FAR = 4
 # Voxels of the U-Net's grid around the brain that further passes see.
 _AROUND = 8
 # Brain components smaller than this share of the largest are taken for false detections.
@@ -301,9 +303,20 @@ def _scan_weights(results: dict[_View, CoarseResult], posteriors: Tensor) -> Ten
 
 
 def _near_brain(posteriors: Tensor) -> Tensor:
-    """(*size) bool: what is not surely background, and what is near it."""
-    inside = (posteriors[0] < _SURE).float()[None, None]
-    return F.max_pool3d(inside, 2 * _NEAR + 1, 1, _NEAR)[0, 0] > 0
+    """(*size) bool: what is not surely background and what is near it, around likely brain."""
+    background = posteriors[0]
+    return _grown(background < _SURE, _NEAR) & _grown(background < 0.5, _FAR)
+
+
+def _grown(mask: Tensor, width: int) -> Tensor:
+    """A mask (*size) and all that is at most `width` voxels away along every axis."""
+    grown = mask.float()[None, None]
+    # One axis after the other, since a whole cube costs far more.
+    for axis in range(3):
+        kernel, padding = [1, 1, 1], [0, 0, 0]
+        kernel[axis], padding[axis] = 2 * width + 1, width
+        grown = F.max_pool3d(grown, kernel, 1, padding)
+    return grown[0, 0] > 0
 
 
 def _box(mask: Tensor) -> Box:

@@ -15,7 +15,7 @@ from babyseg_bids.settings import Settings
 from babyseg_bids.shares import deal
 
 # One session of two 1 mm scans, from alignment to report, measured on `CPUS` processors.
-SESSION_SECONDS = 15.0
+SESSION_SECONDS = 30.0
 CPUS = 2
 # Nodes differ, file systems are slow at times, and a job that is cut off has to wait again.
 SAFETY = 4.0

@@ -66,8 +66,8 @@ def program(script: str, task: int | None = None) -> list[str]:
 def test_a_task_has_work_for_about_ten_minutes() -> None:
     counts = {f'{n:03d}': 1 for n in range(400)}
     request = array_request(counts, HERE)
-    assert request.tasks == 10
-    # 40 sessions of 15 s, four times as long if need be.
+    assert request.tasks == 20
+    # 20 sessions of 30 s, four times as long if need be.
     assert (request.minutes, request.time) == (40, '00:40:00')
 
 
@@ -87,7 +87,7 @@ def test_what_the_user_says_of_the_machine_is_asked_for() -> None:
 
 
 def test_one_processor_gets_twice_the_time() -> None:
-    counts = {f'{n}': 1 for n in range(40)}
+    counts = {f'{n}': 1 for n in range(20)}
     assert array_request(counts, HERE.replace(nprocs=1)).minutes == 80
     assert array_request(counts, HERE.replace(nprocs=8)).minutes == 40
 
@@ -97,7 +97,7 @@ def test_an_array_has_no_more_tasks_than_subjects_and_than_slurm_allows() -> Non
     many = {f'{n:06d}': 1 for n in range(100_000)}
     request = array_request(many, HERE, 1)
     assert request.tasks == 1000
-    assert request.minutes == 100
+    assert request.minutes == 200
 
 
 def test_time_is_for_the_task_that_has_most() -> None:
@@ -108,7 +108,7 @@ def test_time_is_for_the_task_that_has_most() -> None:
         for n in range(request.tasks)
     ]
     assert max(sizes) >= 100
-    assert request.minutes == max(sizes)
+    assert request.minutes == 2 * max(sizes)
 
 
 def test_the_group_level_asks_for_little() -> None:

@@ -8,7 +8,6 @@ import torch
 
 from babyseg_bids.errors import UsageError
 
-
 _HUGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 

@@ -76,9 +76,7 @@ def _likelihood_ratio(white: Tensor, cortex: Tensor, scans: Tensor, *, sigma: fl
     )
 
 
-def _fields(
-    share: Tensor, both: Tensor, x: Tensor, size: Sequence[int], sigma: float
-) -> Tensor:
+def _fields(share: Tensor, both: Tensor, x: Tensor, size: Sequence[int], sigma: float) -> Tensor:
     """Local means of white matter and of cortex, and twice the variance of both: (3, *size)."""
     sums = []
     for weight in (share, both - share):

@@ -176,8 +176,9 @@ def _predict(
         coarse = _softmax(logits, model)
         remove_islands(coarse, spacing=spacing)
         part = _part_with_brain(coarse, network)
-        small, result = small[(slice(None), *part)], result.window(part)
-        logits, coarse = (x[(slice(None), *part)] for x in (logits, coarse))
+        # Copies, so that the memory of the whole volume is given back.
+        small, result = small[(slice(None), *part)], result.window(part).copy()
+        logits, coarse = (x[(slice(None), *part)].clone() for x in (logits, coarse))
         if network.fine:
             scans = scans[(slice(None), *_doubled(part))]
         if either_way:

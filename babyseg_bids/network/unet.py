@@ -103,6 +103,10 @@ class CoarseResult:
         part = (..., *box)
         return CoarseResult(self.features[part], self.logits[part], self.weights[part])
 
+    def copy(self) -> 'CoarseResult':
+        """The same in memory of its own: what it was a window of can be given back."""
+        return CoarseResult(self.features.clone(), self.logits.clone(), self.weights.clone())
+
 
 class Refinement(nn.Module):
     """Sharpens what the U-Net found with the scans at twice its resolution.

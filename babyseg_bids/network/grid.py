@@ -152,12 +152,12 @@ def _needed(
 
 
 def blur(x: Tensor, sigmas: Sequence[float], /) -> Tensor:
-    """Gaussian blur of (X, Y, Z), one deviation in voxels a dimension, zero for none."""
+    """Gaussian blur of (..., X, Y, Z), one deviation in voxels a dimension, zero for none."""
     for axis, sigma in enumerate(sigmas):
         if not sigma:
             continue
         # A product with a band matrix is far faster than torch's single-channel convolutions.
-        index = torch.arange(x.shape[axis], device=x.device, dtype=x.dtype)
+        index = torch.arange(x.shape[axis - 3], device=x.device, dtype=x.dtype)
         kernel = torch.exp(-0.5 * ((index[:, None] - index) / sigma) ** 2)
         x = along_axis(kernel / (sigma * np.sqrt(2 * np.pi)), x, axis)
     return x
@@ -201,7 +201,7 @@ def from_grid(x: Tensor, grid: WorkingGrid, box: Sequence[slice], /) -> Tensor:
 
 
 def along_axis(matrix: Tensor, x: Tensor, axis: int, /) -> Tensor:
-    """Apply a matrix (m, n) along one axis of (X, Y, Z), whose length n becomes m."""
+    """Apply a matrix (m, n) along axis 0, 1 or 2 of (..., X, Y, Z), whose length n becomes m."""
     if axis == 0:
-        return (matrix @ x.flatten(1)).unflatten(1, x.shape[1:])
+        return (matrix @ x.flatten(-2)).unflatten(-1, x.shape[-2:])
     return matrix @ x if axis == 1 else x @ matrix.T

@@ -78,13 +78,12 @@ def _likelihood_ratio(white: Tensor, cortex: Tensor, scans: Tensor, *, sigma: fl
 
 def _fields(share: Tensor, both: Tensor, x: Tensor, size: Sequence[int], sigma: float) -> Tensor:
     """Local means of white matter and of cortex, and twice the variance of both: (3, *size)."""
-    sums = []
-    for weight in (share, both - share):
-        moments = _halved(torch.stack([weight, weight * x, weight * x.square()]))
-        whole = moments.sum((1, 2, 3))
-        anchor = _ANCHOR * whole / whole[0].clamp_min(1e-6)
-        sums.append([blur(m, [sigma] * 3) + a for m, a in zip(moments, anchor, strict=True)])
-    (n, first, second), (m, first_, second_) = sums
+    weights = torch.stack([share, both - share])
+    moments = _halved(torch.cat([weights, weights * x, weights * x.square()]))
+    whole = moments.sum((1, 2, 3)).unflatten(0, (3, 2))
+    anchor = _ANCHOR * whole / whole[0].clamp_min(1e-6)
+    moments = blur(moments, [sigma] * 3) + anchor.flatten()[:, None, None, None]
+    n, m, first, first_, second, second_ = moments
     white, cortex = first / n.clamp_min(1e-6), first_ / m.clamp_min(1e-6)
     spread = second - n * white.square() + second_ - m * cortex.square()
     variance = (spread / (n + m).clamp_min(1e-6)).clamp_min(LEAST_DEVIATION**2)

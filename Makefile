@@ -131,12 +131,15 @@ sbom: $(installed)
 	@echo 'Bill of materials: dist/babyseg.cdx.json'
 
 # Asks a service on the internet about known weaknesses of what the lock files pin. Strict: a
-# package that the service does not know would otherwise count as a sound one.
+# package that the service does not know would otherwise count as a sound one. So it also fails
+# where the service cannot be reached, and at the first package.
 audit:
 	test -x $(VENV)/audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)/audit && \
 	    $(VENV)/audit/bin/python -m pip install --quiet pip-audit==$(PIP_AUDIT); }
 	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off \
-	    $(addprefix --requirement ,$(wildcard requirements/lock*.txt))
+	    $(addprefix --requirement ,$(wildcard requirements/lock*.txt)) || { \
+	    echo 'A table above lists weaknesses. "could not be audited" instead means that the' \
+	    'service gave no answer: nothing is known, ask again with internet.' >&2; exit 1; }
 
 lock:
 	requirements/relock.sh $(PYTHON) $(torch_pin)

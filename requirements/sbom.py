@@ -3,7 +3,8 @@
     python requirements/sbom.py requirements/lock.txt > sbom.cdx.json
 
 Names and versions come from the lock file, licences and dependencies from the packages that are
-installed. There is no date and no random number in it: the same lock gives the same bytes.
+installed. What the viewer of the reports is bundled from is listed as well: no lock file names it,
+but babyseg ships it. There is no date and no random number: the same lock gives the same bytes.
 """
 
 import json
@@ -18,6 +19,8 @@ from packaging.utils import canonicalize_name
 
 # Classifiers that name a family of licences only.
 VAGUE = ('OSI Approved', 'Other/Proprietary License')
+# Written with the bundle, by build.sh beside it: a heading a package.
+VIEWER = Path(__file__).parent.parent / 'babyseg_bids' / 'data' / 'viewer' / 'LICENSES.txt'
 
 
 def pins(lock: Path) -> dict[str, str]:
@@ -46,6 +49,18 @@ def licence(name: str) -> str:
     return stated or named or (text if len(text) < 60 and '\n' not in text else '')
 
 
+def viewer(licences: Path) -> list[dict[str, Any]]:
+    """The npm packages whose code is in the viewer of the reports."""
+    found = re.findall(r'^== (\S+) (\S+)$', licences.read_text('utf-8'), re.MULTILINE)
+    components = []
+    for name, pinned in found:
+        purl = f'pkg:npm/{name.replace("@", "%40")}@{pinned}'
+        components.append(
+            {'type': 'library', 'bom-ref': purl, 'name': name, 'version': pinned, 'purl': purl}
+        )
+    return components
+
+
 def bill(lock: Path) -> dict[str, Any]:
     """The bill of materials of babyseg with what a lock file pins."""
     locked = pins(lock)
@@ -66,7 +81,10 @@ def bill(lock: Path) -> dict[str, Any]:
         if said:
             component['licenses'] = [{'license': {'name': said}}]
         components.append(component)
-    edges = [('babyseg', own), *purls.items()]
+    bundled = viewer(VIEWER)
+    needs = {ref: _needs(name, purls) for name, ref in [('babyseg', own), *purls.items()]}
+    # Which of them needs which is lost in the bundle.
+    needs[own] += [component['bom-ref'] for component in bundled]
     return {
         'bomFormat': 'CycloneDX',
         'specVersion': '1.6',
@@ -81,8 +99,8 @@ def bill(lock: Path) -> dict[str, Any]:
                 'licenses': [{'expression': 'Apache-2.0'}],
             }
         },
-        'components': components,
-        'dependencies': [{'ref': ref, 'dependsOn': _needs(name, purls)} for name, ref in edges],
+        'components': components + bundled,
+        'dependencies': [{'ref': ref, 'dependsOn': refs} for ref, refs in needs.items()],
     }
 
 

@@ -34,7 +34,7 @@ DEFAULT_NETWORK = NetworkConfig(
     decoder=(96, 96, 64, 16),
     head=(16,),
     attention=8,
-    fine=(8, 16, 16),
+    fine=(16, 32),
 )
 # Hard Dice costs a twentieth of a step, so only some steps have it.
 _MEASURE_EVERY = 5

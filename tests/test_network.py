@@ -10,9 +10,11 @@ from babyseg_bids.network.layers import (
     GroupConv,
     InstanceNorm,
     concatenate,
+    depth_to_space,
     flat,
     halve,
     max_pool,
+    space_to_depth,
     upsample,
 )
 from babyseg_bids.network.unet import (
@@ -185,6 +187,18 @@ def test_attention_follows_its_scans_and_sums_to_one():
     torch.testing.assert_close(weights.sum(1), torch.ones(1, 1, 4, 4, 4))
     torch.testing.assert_close(network.attention(x[:, [2, 0, 1]]), weights[:, [2, 0, 1]])
     assert weights.std(1).min() > 1e-4
+
+
+@pytest.mark.parametrize('dim', [1, 2, 3])
+def test_blocks_of_voxels_become_channels_and_come_back(dim):
+    x = torch.rand(2, 3, *(8, 6, 4)[:dim])
+    channels = space_to_depth(x)
+    # The last axis runs fastest, and the channels of a voxel lie side by side.
+    assert torch.equal(
+        channels[:, :, 1], x[(..., *[slice(0, None, 2)] * (dim - 1), slice(1, None, 2))]
+    )
+    assert channels.stride(2) == 1
+    assert torch.equal(depth_to_space(channels, 1)[:, :, 0], x)
 
 
 def test_an_untrained_refinement_gives_the_upsampled_logits():

@@ -2,6 +2,8 @@
 
 import ast
 import configparser
+import gzip
+import json
 import re
 import subprocess
 import sys
@@ -174,6 +176,26 @@ def test_every_tool_of_an_extra_is_pinned(root: Path, extra: str) -> None:
 def test_lock_files_hold_plain_pins_without_hosts_or_builds(root: Path, name: str) -> None:
     for line in (root / 'requirements' / name).read_text().splitlines():
         assert line.startswith('#') or re.fullmatch(r'[A-Za-z0-9._-]+==[A-Za-z0-9.]+', line), line
+
+
+def test_the_bill_of_materials_names_all_that_is_installed_or_bundled(root: Path) -> None:
+    run = [sys.executable, str(root / 'requirements' / 'sbom.py')]
+    run.append(str(root / 'requirements' / 'lock.txt'))
+    bill = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+    named = {component['purl']: component for component in bill['components']}
+    pypi = {f'pkg:pypi/{name}@{v}' for name, v in pins(root, 'lock.txt').items()}
+    assert {purl for purl in named if purl.startswith('pkg:pypi/')} == pypi
+    assert all(named[purl]['licenses'] for purl in pypi)
+    packed = (root / 'babyseg_bids' / 'data' / 'viewer' / 'niivue.js.gz').read_bytes()
+    niivue = gzip.decompress(packed)[:100].decode().split()[2].rstrip(',')
+    assert f'pkg:npm/%40niivue/niivue@{niivue}' in named
+    needs = {d['ref']: d['dependsOn'] for d in bill['dependencies']}
+    reached, waiting = set(), [bill['metadata']['component']['bom-ref']]
+    while waiting:
+        ref = waiting.pop()
+        waiting += [] if ref in reached else needs.get(ref, [])
+        reached.add(ref)
+    assert set(named) <= reached, 'something is listed that nothing needs'
 
 
 def test_the_installed_versions_are_those_of_the_lock_file(root: Path) -> None:

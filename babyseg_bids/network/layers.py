@@ -57,13 +57,14 @@ class GroupConv(nn.Module):
         mean = convolve(x.mean(1), common.weight, common.bias)
         return (each + mean[:, None]) / 2
 
-    def merged(self, x: Tensor, order: Tensor | None = None) -> Tensor:
-        """The same for one scan, (B, 1, C, *size); `order` (outputs,) permutes the outputs."""
-        weight = (self.conv_b.weight + self.conv_m.weight) / 2
-        bias = (self.conv_b.bias + self.conv_m.bias) / 2
-        if order is not None:
-            weight, bias = weight[order], bias[order]
-        return grouped(convolve(flat(x), weight, bias), 1)
+    def merged(self, x: Tensor) -> Tensor:
+        """The same for one scan, (B, 1, C, *size)."""
+        return grouped(convolve(flat(x), *self.folded()), 1)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the one convolution that does the same for one scan."""
+        own, common = self.conv_b, self.conv_m
+        return (own.weight + common.weight) / 2, (own.bias + common.bias) / 2
 
 
 class ScanAttention(nn.Module):
@@ -152,6 +153,27 @@ def upsample(x: Tensor, /) -> Tensor:
     """Double (B, G, C, *size) along every spatial dimension, (bi-/tri-)linearly."""
     y = F.interpolate(flat(x), scale_factor=2, mode=_LINEAR[x.ndim - 3], align_corners=False)
     return grouped(y, x.shape[1])
+
+
+def space_to_depth(x: Tensor, /) -> Tensor:
+    """Scans (B, G, *size) as (B, G, 2^dim, *size / 2): each 2-wide block becomes channels."""
+    dim = x.ndim - 2
+    for axis in range(2, 2 + 2 * dim, 2):
+        x = x.unflatten(axis, (-1, 2))
+    # In memory the channels of a voxel lie side by side.
+    blocks = x.permute(0, 1, *range(2, 2 + 2 * dim, 2), *range(3, 3 + 2 * dim, 2))
+    return blocks.flatten(-dim).movedim(-1, 2)
+
+
+def depth_to_space(x: Tensor, channels: int, /) -> Tensor:
+    """(B, G, 2^dim * channels, *size) as (B, G, channels, *2 * size), undoing `space_to_depth`."""
+    dim = x.ndim - 3
+    blocks = x.movedim(2, -1).unflatten(-1, (*[2] * dim, channels))
+    order = [axis for i in range(dim) for axis in (2 + i, 2 + dim + i)]
+    blocks = blocks.permute(0, 1, *order, 2 + 2 * dim)
+    for axis in range(2, 2 + dim):
+        blocks = blocks.flatten(axis, axis + 1)
+    return blocks.movedim(-1, 2)
 
 
 def concatenate(*tensors: Tensor) -> Tensor:

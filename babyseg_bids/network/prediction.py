@@ -5,15 +5,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
 from babyseg_bids.network.device import cpu_prefers_bfloat16
-from babyseg_bids.network.layers import halve
+from babyseg_bids.network.layers import (
+    concatenate,
+    convolve,
+    depth_to_space,
+    flat,
+    grouped,
+    halve,
+    upsample,
+)
 from babyseg_bids.network.tissue import redistribute
-from babyseg_bids.network.unet import CoarseResult, GroupUNet
+from babyseg_bids.network.unet import CoarseResult, GroupUNet, Refinement
 from babyseg_bids.network.weights import Model
 from babyseg_bids.resources import GIB, memory_limit
 
@@ -28,9 +37,11 @@ _SURE = 0.9
 _NEAR = 1
 _FAR = 4
 # Voxels of the U-Net's grid around the brain that further passes see.
-_AROUND = 8
-# Brain components smaller than this share of the largest are taken for false detections.
-_ISLAND_SHARE = 0.05
+_AROUND = 4
+# Pieces of brain smaller than this share of the largest are taken for false detections, and so are
+# those smaller than the second share that lie farther from the largest than this many mm: a neck
+# or a shoulder. A cerebellum or a hemisphere is nearer, even where what joins it was not found.
+_ISLAND_SHARE, _FAR_ISLAND_SHARE, _ISLAND_MM = 0.05, 0.5, 8.0
 # Structures in the middle of the brain, whose place tells front from back.
 _DEEP = (4, 10, 11, 12, 13, 14, 43, 49, 50, 51, 52)
 _DEEP_VOXELS = 50
@@ -158,34 +169,38 @@ def _predict(
     with autocast(device):
         small = halve(scans[None])[0] if network.fine else scans
         limit = int(_MEMORY_SHARE * room * GIB / _bytes_a_voxel(model, len(scans)))
+        spacing = model.spacing * (2 if network.fine else 1)
         view = _AHEAD
         result = _coarse(small, network, view, limit)
-        coarse = _posteriors(result, view, model)
-        remove_islands(coarse)
+        logits = _logits(result, view, model)
+        coarse = _softmax(logits, model)
+        remove_islands(coarse, spacing=spacing)
         part = _part_with_brain(coarse, network)
         small, result = small[(slice(None), *part)], result.window(part)
-        coarse = coarse[(slice(None), *part)].contiguous()
+        logits, coarse = (x[(slice(None), *part)] for x in (logits, coarse))
         if network.fine:
             scans = scans[(slice(None), *_doubled(part))]
         if either_way:
             back = _coarse(small, network, _BACK, limit)
-            turned = _posteriors(back, _BACK, model)
+            logits_back = _logits(back, _BACK, model)
+            turned = _softmax(logits_back, model)
             gain = deep_fit(turned, small, model) - deep_fit(coarse, small, model)
             if gain > _TURN_MARGIN:
-                view, result, coarse = _BACK, back, turned
-            del back, turned
+                view, result, logits, coarse = _BACK, back, logits_back, turned
+            del back, logits_back, turned
         results = {view: result}
         if both_sides:
             mirrored = _BACK_MIRRORED if view == _BACK else _AHEAD_MIRRORED
             results[mirrored] = _coarse(small, network, mirrored, limit)
-            coarse = _mean([coarse, _posteriors(results[mirrored], mirrored, model)])
-        remove_islands(coarse)
+            logits = torch.lerp(logits, _logits(results[mirrored], mirrored, model), 0.5)
+            coarse = _softmax(logits, model)
+        remove_islands(coarse, spacing=spacing)
         near = _near_brain(coarse)
         box = _box(near)
         weights = _scan_weights(results, coarse)
         if network.fine:
             del coarse
-            posteriors = _refine(scans, results, near, model)
+            posteriors = _refine(scans, results, logits, near, model)
             box = _doubled(box)
         else:
             posteriors = coarse[(slice(None), *box)].contiguous()
@@ -261,11 +276,11 @@ def _ramp(block: Box, size: Sequence[int]) -> Tensor:
     return ramp
 
 
-def _posteriors(result: CoarseResult, view: _View, model: Model) -> Tensor:
+def _logits(result: CoarseResult, view: _View, model: Model) -> Tensor:
     """(C, *size) in the scans' own axes and sides."""
-    posteriors = _unflip(result.logits[0], view, model).contiguous()
-    order = _order(view, model, posteriors.device)
-    return posteriors if order is None else posteriors[order]
+    logits = view.turn(result.logits[0])
+    order = _order(view, model, logits.device)
+    return logits if order is None else logits[order]
 
 
 def _order(view: _View, model: Model, device: torch.device) -> Tensor | None:
@@ -273,21 +288,14 @@ def _order(view: _View, model: Model, device: torch.device) -> Tensor | None:
     return torch.from_numpy(model.labels.mirror_channels).to(device) if view.mirrored else None
 
 
-def _unflip(logits: Tensor, view: _View, model: Model) -> Tensor:
-    """Posteriors (C, *size) in the scans' own axes from a view's logits."""
-    # In memory the channels of a voxel lie side by side; a softmax along them is several times
-    # faster when torch is told so.
-    last = logits.movedim(0, -1).float()
+def _softmax(logits: Tensor, model: Model) -> Tensor:
+    """Posteriors of logits (C, *size), one channel after the other in memory."""
+    # The logits of a voxel lie side by side. Turning that round as a matrix, then normalising, is
+    # twice as fast as the other way round.
+    channels = logits.movedim(0, -1).flatten(0, -2).t().contiguous().float()
     if model.temperature != 1:
-        last = last / model.temperature
-    return view.turn(last.softmax(-1).movedim(-1, 0))
-
-
-def _mean(tensors: list[Tensor]) -> Tensor:
-    total = tensors[0]
-    for x in tensors[1:]:
-        total = total.add_(x)
-    return total.div_(len(tensors))
+        channels = channels / model.temperature
+    return channels.softmax(0).unflatten(1, logits.shape[1:])
 
 
 def _scan_weights(results: dict[_View, CoarseResult], posteriors: Tensor) -> Tensor:
@@ -357,45 +365,72 @@ def _doubled(box: Box) -> Box:
 
 
 def _refine(
-    scans: Tensor, results: dict[_View, CoarseResult], near: Tensor, model: Model
+    scans: Tensor,
+    results: dict[_View, CoarseResult],
+    logits: Tensor,
+    near: Tensor,
+    model: Model,
 ) -> Tensor:
-    """Posteriors (C, *box of `near` at full size), the mean over the views, block by block."""
+    """Posteriors (C, *box of `near` at full size), block by block.
+
+    What the refinement adds to the U-Net's mean logits (C, *size) is the mean over the views.
+    """
     box = _box(near)
-    network: GroupUNet = model.network  # type: ignore[assignment]
-    size = results[next(iter(results))].logits.shape[2:]
-    shape = [2 * (s.stop - s.start) for s in box]
-    out = torch.zeros((len(model.labels), *shape), device=scans.device)
-    out[0] = 1
-    assert network.fine is not None
-    for inner, outer in _blocks(near, margin=network.fine.margin):
-        target = _within(inner, outer)
-        wide = [2 * (s.stop - s.start) for s in outer]
-        parts = []
+    fine: Refinement = model.network.fine  # type: ignore[assignment]
+    size = near.shape
+    out = _background(len(model.labels), [2 * (s.stop - s.start) for s in box], scans.device)
+    outputs = [fine.turned_output(v.flips, _order(v, model, scans.device)) for v in results]
+    weight = torch.cat([w for w, _ in outputs], 1) / len(outputs)
+    bias = torch.stack([b for _, b in outputs]).mean(0)
+    for inner in _blocks(near, smallest=4 * fine.margin):
+        outer = _wider(inner, size, fine.margin)
+        mixed = []
         for view, result in results.items():
             x = view.turn(scans[(slice(None), *_doubled(outer))])
-            part = result.window(view.turn_box(outer, size))
-            logits = network.refine(x[None], part, order=_order(view, model, x.device))[0]
-            logits = logits[(slice(None), *view.turn_box(target, wide))]
-            parts.append(_unflip(logits, view, model))
-        out[(slice(None), *_within(inner, box))] = _mean(parts)
+            part = view.turn(fine.mixed(x[None], result.window(view.turn_box(outer, size))))
+            mixed.append(part[(..., *_within(inner, outer))])
+        new = convolve(flat(concatenate(*mixed)), weight, bias)
+        # Linear interpolation looks at one voxel on each side.
+        around = _wider(inner, size, 1)
+        known = upsample(logits[(None, None, slice(None), *around)])
+        known = known[(..., *_doubled(_within(inner, around)))]
+        total = depth_to_space(grouped(new, 1), len(out)).add_(known)
+        out[(slice(None), *_doubled(_within(inner, box)))] = _softmax(total[0, 0], model)
+    return out
+
+
+def _background(channels: int, size: Sequence[int], device: torch.device) -> Tensor:
+    """Posteriors (C, *size) of nothing but background."""
+    if device.type == 'cpu':
+        # Unlike torch's, what nothing is written to takes neither time nor memory.
+        out = torch.from_numpy(np.zeros((channels, *size), np.float32))
+    else:
+        out = torch.zeros((channels, *size), device=device)
+    out[0] = 1
     return out
 
 
 def _within(inner: Box, outer: Box) -> Box:
-    """Where a box lies in a box that holds it, at twice the resolution."""
+    """Where a box lies in a box that holds it."""
     return tuple(  # type: ignore[return-value]
-        slice(2 * (i.start - o.start), 2 * (i.stop - o.start))
-        for i, o in zip(inner, outer, strict=True)
+        slice(i.start - o.start, i.stop - o.start) for i, o in zip(inner, outer, strict=True)
     )
 
 
-def _blocks(near: Tensor, *, margin: int) -> Iterator[tuple[Box, Box]]:
-    """Blocks that cover a mask of the U-Net's grid, each with the margin that the result needs.
+def _wider(box: Box, size: Sequence[int], margin: int) -> Box:
+    """A box with a margin around it, as far as the volume reaches."""
+    return tuple(  # type: ignore[return-value]
+        slice(max(0, s.start - margin), min(n, s.stop + margin))
+        for s, n in zip(box, size, strict=True)
+    )
+
+
+def _blocks(near: Tensor, *, smallest: int) -> Iterator[Box]:
+    """Blocks that cover a mask of the U-Net's grid.
 
     Each is as small as the mask allows, since what lies between them costs nothing.
     """
-    size = near.shape
-    waiting = [tuple(slice(0, n) for n in size)]
+    waiting = [tuple(slice(0, n) for n in near.shape)]
     while waiting:
         whole = waiting.pop()
         if not bool(near[whole].any()):
@@ -403,16 +438,12 @@ def _blocks(near: Tensor, *, margin: int) -> Iterator[tuple[Box, Box]]:
         box = _shifted(_box(near[whole]), whole)  # type: ignore[arg-type]
         lengths = [s.stop - s.start for s in box]
         longest = max(range(3), key=lengths.__getitem__)
-        if 8 * lengths[0] * lengths[1] * lengths[2] > _BLOCK and lengths[longest] > 4 * margin:
+        if 8 * lengths[0] * lengths[1] * lengths[2] > _BLOCK and lengths[longest] > smallest:
             middle = box[longest].start + lengths[longest] // 2
             for half in (slice(middle, box[longest].stop), slice(box[longest].start, middle)):
                 waiting.append((*box[:longest], half, *box[longest + 1 :]))
             continue
-        outer = tuple(
-            slice(max(0, s.start - margin), min(n, s.stop + margin))
-            for s, n in zip(box, size, strict=True)
-        )
-        yield box, outer  # type: ignore[misc]
+        yield box
 
 
 def deep_fit(posteriors: Tensor, scans: Tensor, model: Model, /) -> float:
@@ -426,39 +457,45 @@ def deep_fit(posteriors: Tensor, scans: Tensor, model: Model, /) -> float:
     posteriors : (C, *size)
     scans : (G, *size)
     """
-    labels = posteriors.argmax(0)
-    indices = model.labels.indices.tolist()
-    deep = [c for c, index in enumerate(indices) if index in _DEEP]
-    inside = torch.isin(labels, torch.tensor(deep, device=labels.device))
-    chosen = labels[inside]
+    deep = [c for c, index in enumerate(model.labels.indices.tolist()) if index in _DEEP]
+    likely = posteriors[deep]
+    inside = likely.sum(0) > 0.5
+    chosen = likely[:, inside].argmax(0)
     if len(chosen) < _DEEP_VOXELS:
         return 0.0
-    count = torch.bincount(chosen, minlength=len(indices)).clamp_min(1)
+    count = torch.bincount(chosen, minlength=len(deep)).clamp_min(1)
     fits = []
     for scan in scans:
         values = scan[inside].double()
-        means = torch.bincount(chosen, values, len(indices)) / count
+        means = torch.bincount(chosen, values, len(deep)) / count
         total = (values - values.mean()).square().sum()
         rest = (values - means[chosen]).square().sum()
         fits.append(float(1 - rest / total) if total > 0 else 0.0)
     return sum(fits) / len(fits)
 
 
-def remove_islands(posteriors: Tensor, /) -> None:
-    """Give small detached pieces of brain to the background, in place.
+def remove_islands(posteriors: Tensor, /, *, spacing: float) -> None:
+    """Give small or distant detached pieces of brain to the background, in place.
 
     Parameters
     ----------
     posteriors : (C, *size), background first
+    spacing : of the voxels, mm
     """
-    brain = (posteriors[0] < 0.5).cpu().numpy()
-    components, count = ndimage.label(brain, torch.ones(3, 3, 3).numpy())
+    brain = (posteriors[0] < 0.5).cpu()
+    found, count = ndimage.label(brain.numpy(), np.ones((3, 3, 3)))
     if count < 2:
         return
-    sizes = torch.from_numpy(components).flatten().bincount()
+    pieces = torch.from_numpy(found).long()
+    sizes = pieces.flatten().bincount()
     sizes[0] = 0
-    small = sizes < _ISLAND_SHARE * sizes.max()
+    largest = sizes.argmax()
+    around = _grown(pieces == largest, round(_ISLAND_MM / spacing))
+    distant = torch.ones(count + 1, dtype=torch.bool)
+    distant[pieces[around]] = False
+    share = torch.where(distant, _FAR_ISLAND_SHARE, _ISLAND_SHARE)
+    small = sizes < share * sizes[largest]
     small[0] = False
-    gone = small[torch.from_numpy(components).long()].to(posteriors.device)
+    gone = small[pieces].to(posteriors.device)
     posteriors[:, gone] = 0
     posteriors[0, gone] = 1

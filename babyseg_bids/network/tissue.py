@@ -22,7 +22,8 @@ from babyseg_bids.network.grid import blur
 PAIRS = ((2, 3), (41, 42))
 # Deviation of the window in which means and variance are estimated, mm.
 WINDOW = 8.0
-# Rounds in which the tissues of the window are estimated anew, on half the resolution.
+# Rounds in which the tissues of the window are estimated anew, on half the resolution; the window
+# itself is wide enough for a quarter.
 ROUNDS = 3
 # The scans together change the odds by no more than this factor: the network has seen the
 # intensities, too, and fluid in a sulcus may look like white matter.
@@ -47,11 +48,11 @@ def redistribute(
     spacing : of the voxels, mm
     """
     numbers = labels.indices.tolist()
-    if not all(n in numbers for pair in PAIRS for n in pair) or min(posteriors.shape[1:]) < 2:
+    if not all(n in numbers for pair in PAIRS for n in pair) or min(posteriors.shape[1:]) < 3:
         return
     channels = [(numbers.index(a), numbers.index(b)) for a, b in PAIRS]
     white, cortex = (posteriors[list(c)].sum(0) for c in zip(*channels, strict=True))
-    factor = _likelihood_ratio(white, cortex, scans, sigma=WINDOW / (2 * spacing)).exp_()
+    factor = _likelihood_ratio(white, cortex, scans, sigma=WINDOW / (4 * spacing)).exp_()
     for a, b in channels:
         total = posteriors[a] + posteriors[b]
         odds = posteriors[a] * factor
@@ -66,33 +67,31 @@ def _likelihood_ratio(white: Tensor, cortex: Tensor, scans: Tensor, *, sigma: fl
     odds = prior / coarse[1].clamp_min(1e-6)
     share = prior
     for _ in range(ROUNDS):
-        fields = [_fields(share, both, x, sigma=sigma) for x in coarse[2:]]
-        ratio = _bounded(zip(coarse[2:], fields, strict=True))
-        changed = odds * ratio.exp()
+        ratio = _bounded((x, _fields(share, both, x, prior.shape, sigma)) for x in coarse[2:])
+        changed = odds * ratio.exp_()
         share = both * changed / (1 + changed)
-    fields = [_fields(share, both, x, sigma=sigma) for x in coarse[2:]]
-    size = white.shape
+    fields = [_fields(share, both, x, prior.shape, sigma) for x in coarse[2:]]
     return _bounded(
-        (x, [_doubled(f, size) for f in each]) for x, each in zip(scans, fields, strict=True)
+        (x, _doubled(each, white.shape)) for x, each in zip(scans, fields, strict=True)
     )
 
 
-def _fields(share: Tensor, both: Tensor, x: Tensor, *, sigma: float) -> list[Tensor]:
-    """Local means of white matter and of cortex, and twice the variance of both in common."""
+def _fields(share: Tensor, both: Tensor, x: Tensor, size: Sequence[int], sigma: float) -> Tensor:
+    """Local means of white matter and of cortex, and twice the variance of both: (3, *size)."""
     sums = []
     for weight in (share, both - share):
-        moments = [weight, weight * x, weight * x.square()]
-        whole = [m.sum() for m in moments]
-        anchor = [_ANCHOR * m / whole[0].clamp_min(1e-6) for m in whole]
+        moments = _halved(torch.stack([weight, weight * x, weight * x.square()]))
+        whole = moments.sum((1, 2, 3))
+        anchor = _ANCHOR * whole / whole[0].clamp_min(1e-6)
         sums.append([blur(m, [sigma] * 3) + a for m, a in zip(moments, anchor, strict=True)])
     (n, first, second), (m, first_, second_) = sums
     white, cortex = first / n.clamp_min(1e-6), first_ / m.clamp_min(1e-6)
     spread = second - n * white.square() + second_ - m * cortex.square()
     variance = (spread / (n + m).clamp_min(1e-6)).clamp_min(LEAST_DEVIATION**2)
-    return [white, cortex, 2 * variance]
+    return _doubled(torch.stack([white, cortex, 2 * variance]), size)
 
 
-def _bounded(scans: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> Tensor:
+def _bounded(scans: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """The log likelihood ratios of scans and their fields together, as far as `MOST` allows."""
     ratios = []
     for x, (white, cortex, variance) in scans:
@@ -106,11 +105,11 @@ def _bounded(scans: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> Tensor:
 
 
 def _halved(x: Tensor) -> Tensor:
-    """The mean of 2-wide blocks of (*size); an odd last voxel is a block of its own."""
+    """The mean of 2-wide blocks of (..., *size); an odd last voxel is a block of its own."""
     return F.avg_pool3d(x[None], 2, ceil_mode=True, count_include_pad=False)[0]
 
 
 def _doubled(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Twice the resolution, linearly, without what goes beyond the size."""
-    full = F.interpolate(x[None, None], scale_factor=2, mode='trilinear', align_corners=False)
-    return full[0, 0, : size[0], : size[1], : size[2]]
+    """(C, ...) at twice the resolution, linearly, without what goes beyond the size."""
+    full = F.interpolate(x[None], scale_factor=2, mode='trilinear', align_corners=False)
+    return full[0, :, : size[0], : size[1], : size[2]]

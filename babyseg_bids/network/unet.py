@@ -16,9 +16,11 @@ from babyseg_bids.network.layers import (
     InstanceNorm,
     ScanAttention,
     concatenate,
+    depth_to_space,
     halve,
     max_pool,
     single_channel,
+    space_to_depth,
     upsample,
 )
 
@@ -38,8 +40,8 @@ class NetworkConfig:
     dim : spatial dimensions
     norm : instance normalisation after each convolution but the last
     attention : hidden channels of the scans' learned weights; 0 for their plain mean
-    fine : channels of the `Refinement` that works at twice the resolution of all the rest: those
-        of each scan, then those of the layers after the merging; empty for none
+    fine : channels of the `Refinement` that doubles the resolution: those of each scan, then those
+        of the layers after the merging; empty for none
     """
 
     labels: int
@@ -105,7 +107,9 @@ class CoarseResult:
 class Refinement(nn.Module):
     """Sharpens what the U-Net found with the scans at twice its resolution.
 
-    It is thin, and without normalisation over space, so that it may run on parts of a volume.
+    It computes on the U-Net's grid: the 2^dim voxels of the scan inside each voxel of that grid
+    are its input channels, and their logits its output channels (sub-pixel convolution, Shi et
+    al., CVPR 2016). Without normalisation over space it may run on parts of a volume.
 
     Parameters
     ----------
@@ -118,7 +122,8 @@ class Refinement(nn.Module):
     def __init__(self, dim: int, features: int, widths: Sequence[int], labels: int) -> None:
         super().__init__()
         own, *rest = widths
-        self.scan = GroupConv(dim, 1, own)
+        self.labels = labels
+        self.scan = GroupConv(dim, 2**dim, own)
         layers: list[nn.Module] = []
         channels = features + own
         for width in rest:
@@ -126,29 +131,47 @@ class Refinement(nn.Module):
             channels = width
         self.mix = nn.Sequential(*layers)
         # The refinement starts by changing nothing.
-        self.out = GroupConv(dim, channels, labels, kernel=1)
+        self.out = GroupConv(dim, channels, 2**dim * labels, kernel=1)
         # How far the result depends on its neighbourhood, in voxels of the features.
-        self.margin = 1 + (len(rest) + 1) // 2
+        self.margin = 1 + len(rest)
         for parameter in self.out.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, coarse: CoarseResult) -> tuple[Tensor, Tensor]:
-        """What to add to the logits, and the U-Net's features, at the scans' size.
+    def forward(self, x: Tensor, coarse: CoarseResult) -> Tensor:
+        """What to add to the logits, (B, 1, labels, *size).
 
         Parameters
         ----------
         x : (B, G, *size)
         coarse : of half that size
-
-        Returns
-        -------
-        up-sampled features (B, 1, C, *size), and what `out` makes additional logits of
         """
-        known = upsample(coarse.features.unsqueeze(1))
-        own = F.elu(self.scan(single_channel(x)))
+        return depth_to_space(self.out.merged(self.mixed(x, coarse)), self.labels)
+
+    def mixed(self, x: Tensor, coarse: CoarseResult) -> Tensor:
+        """What `out` makes the additional logits of: (B, 1, C, *half the size)."""
+        own = F.elu(self.scan(space_to_depth(x)))
         if own.shape[1] > 1:
-            own = (upsample(coarse.weights) * own).sum(1, keepdim=True)
-        return known, self.mix(concatenate(own, known))
+            own = (coarse.weights * own).sum(1, keepdim=True)
+        result: Tensor = self.mix(concatenate(own, coarse.features.unsqueeze(1)))
+        return result
+
+    def turned_output(self, flips: Sequence[int], order: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weight and bias of `out` for a mixture that was flipped back.
+
+        Parameters
+        ----------
+        flips : spatial axes along which the scans were flipped
+        order : (labels,) channel that each label has in the flipped scans; None for its own
+        """
+        weight, bias = self.out.folded()
+        dim = weight.ndim - 2
+        turned = []
+        for values in (weight, bias):
+            values = values.unflatten(0, (*[2] * dim, self.labels)).flip(tuple(flips))
+            if order is not None:
+                values = values.index_select(dim, order)
+            turned.append(values.flatten(0, dim))
+        return turned[0], turned[1]
 
 
 class GroupUNet(nn.Module):
@@ -244,21 +267,17 @@ class GroupUNet(nn.Module):
             x = concatenate(skips.pop(), x)
         return skips.pop(), self._run(self.dec[-1], x)
 
-    def refine(self, x: Tensor, coarse: CoarseResult, *, order: Tensor | None = None) -> Tensor:
+    def refine(self, x: Tensor, coarse: CoarseResult) -> Tensor:
         """Logits (B, labels, *size) of scans (B, G, *size) and what is known at half that size.
 
         Every voxel depends on its neighbourhood alone, so that a volume may be done in parts;
         `Refinement.margin` says how much the parts must overlap.
-
-        Parameters
-        ----------
-        order : (labels,) of the channels of the result; None for the network's own
         """
         assert self.fine is not None
         last: GroupConv = self.add[-1]  # type: ignore[assignment]
-        known, new = self.fine(x, coarse)
         # Up-sampling and the last layer commute: it is cheaper to up-sample the few features.
-        return last.merged(known, order).add_(self.fine.out.merged(new, order)).squeeze(1)
+        known = upsample(coarse.features.unsqueeze(1))
+        return last.merged(known).add_(self.fine(x, coarse)).squeeze(1)
 
     def _run(self, level: nn.Module, x: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():

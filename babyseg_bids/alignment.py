@@ -1,37 +1,23 @@
 """Rigid alignment of one scan of a session to another, whatever their contrast and grid.
 
-Both heads are cropped and resampled to a coarse grid. Many starting poses are scored by normalised
-mutual information, the best few are refined with ANTs, and the best result is compared with the
-alignment that the headers give: the headers win unless the images say otherwise.
+Both heads are cropped and resampled to a coarse grid. The position in which they are most alike
+(`alignment_search`) is compared with the one that the headers give: the headers win unless the
+images say otherwise.
 """
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import nibabel as nib
 import numpy as np
 
-from babyseg_bids.alignment_similarity import (
-    Similarity,
-    Volume,
-    apply,
-    coverage,
-    head_volume,
-)
-from babyseg_bids.registration import affine_of, ants_image, deterministic_ants
+from babyseg_bids.alignment_search import SAME_MM, search
+from babyseg_bids.alignment_similarity import Similarity, apply, coverage, head_volume
+from babyseg_bids.rigid import rms_displacement, rotation_angle
 
-# Radius in mm of the sphere over which the difference of two transforms is averaged; a head is
-# about 40 mm (preterm) to 75 mm (five years) in radius.
-HEAD_RADIUS_MM = 60.0
-# Starting rotations, degrees about each axis; scanners rarely store a head further off than this.
-START_ANGLES = (-30.0, 0.0, 30.0)
-REFINED_STARTS = 3
-# Two starts that end this close have found the same optimum: a third would find it, too.
-SAME_MM = 2.0
 # The headers stand when registration moves the head by less than this, or improves the similarity
 # (less 1) by a smaller factor. Pairs of infant templates on one grid moved by 0.24 to 0.27 mm and
 # gained 2 to 2.5 %, the same image twice 0.02 to 0.08 mm; 0.5 mm of true shift costs 8 %.
@@ -41,10 +27,10 @@ IDENTITY_GAIN = 1.03
 # slices, noise, bias fields) 1.147.
 MIN_SIMILARITY = 1.05
 # Two different brains match in outline only, so that a shift of `PROBE_MM` hardly matters. It took
-# 0.11 to 0.17 of the similarity away for brains of other children, and 0.22 to 0.64 for true
-# pairs, however degraded. Other children reached a similarity of 1.120, true pairs 1.147 and more.
+# 0.12 to 0.20 of the similarity away for brains of other children, and 0.42 to 0.62 for true
+# pairs. Other children reached a similarity of 1.112, true pairs 1.147 and more.
 PROBE_MM = 3.0
-MIN_SHARPNESS = 0.18
+MIN_SHARPNESS = 0.25
 DOUBTFUL_SIMILARITY = 1.13
 # From here on the images alone are proof enough; below, each scan is segmented alone, if a network
 # is at hand. Of the voxels of either brain, true pairs had one label in 0.85 to 0.90, different
@@ -97,69 +83,6 @@ class Alignment:
     doubt: str = ''
 
 
-def rms_displacement(matrix: np.ndarray, centre: np.ndarray, /) -> float:
-    """Root mean square displacement over a head-sized sphere at `centre`, mm (Jenkinson 1999)."""
-    change = matrix[:3, :3] - np.eye(3)
-    shift = matrix[:3, 3] + change @ centre
-    spread = HEAD_RADIUS_MM**2 / 5 * np.trace(change.T @ change)
-    return float(np.sqrt(spread + shift @ shift))
-
-
-def rotation_angle(matrix: np.ndarray, /) -> float:
-    """Angle in degrees of the rotation in a rigid 4x4 matrix."""
-    cosine = (np.trace(matrix[:3, :3]) - 1) / 2
-    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
-
-
-def rotation_matrix(degrees: Sequence[float], centre: np.ndarray, /) -> np.ndarray:
-    """Rigid 4x4 matrix that turns about x, then y, then z through the point `centre`."""
-    turn = np.eye(3)
-    for axis, angle in enumerate(np.radians(degrees)):
-        c, s = np.cos(angle), np.sin(angle)
-        i, j = [(1, 2), (2, 0), (0, 1)][axis]
-        step = np.eye(3)
-        step[i, i], step[i, j], step[j, i], step[j, j] = c, -s, s, c
-        turn = step @ turn
-    matrix = np.eye(4)
-    matrix[:3, :3] = turn
-    matrix[:3, 3] = centre - turn @ centre
-    return matrix
-
-
-def _starts(fixed: Volume, moving: Volume) -> Iterator[np.ndarray]:
-    """Starting poses: as the headers say and centre on centre, each turned in many ways."""
-    for centred in (False, True):
-        shift = np.eye(4)
-        if centred:
-            shift[:3, 3] = fixed.centre - moving.centre
-        pivot = apply(shift, moving.centre[None])[0]
-        for degrees in product(START_ANGLES, repeat=3):
-            yield rotation_matrix(degrees, pivot) @ shift
-
-
-def _refine(ants: Any, fixed: Volume, moving: Volume, start: np.ndarray) -> np.ndarray:
-    """Rigid registration with Mattes mutual information, beginning at `start`."""
-    with tempfile.TemporaryDirectory(prefix='babyseg-align-') as folder:
-        result = ants.registration(
-            ants_image(ants, fixed.data, fixed.affine),
-            ants_image(ants, moving.data, start @ moving.affine),
-            type_of_transform='Rigid',
-            initial_transform='Identity',
-            outprefix=f'{folder}/',
-            aff_metric='mattes',
-            aff_sampling=32,
-            aff_random_sampling_rate=0.1,
-            aff_iterations=(100, 30),
-            aff_shrink_factors=(2, 1),
-            aff_smoothing_sigmas=(1, 0),
-        )
-        pull = affine_of(ants.read_transform(result['fwdtransforms'][0]))
-    # Rounding to float32 leaves the rotation slightly off; the nearest orthonormal one is taken.
-    left, _, right = np.linalg.svd(pull[:3, :3])
-    pull[:3, :3] = left @ right
-    return np.linalg.inv(pull) @ start
-
-
 def _sharpness(similarity: Similarity, matrix: np.ndarray) -> float:
     """Share of the similarity that is lost when the scan is shifted by `PROBE_MM`."""
     peak = similarity(matrix) - 1
@@ -206,32 +129,6 @@ def _other_brain(similarity: float, sharpness: float, overlap: float | None) -> 
     return '', ''
 
 
-def _search(
-    fixed: Volume, moving: Volume, similarity: Similarity, /, *, seed: int
-) -> tuple[np.ndarray, str]:
-    """Best of a few refined starts, and the objection to it; a good one ends the search."""
-    starts = sorted(_starts(fixed, moving), key=similarity, reverse=True)
-    best, objection = starts[0], ''
-    reached: list[np.ndarray] = []
-    with deterministic_ants(seed) as ants:
-        for start in starts[:REFINED_STARTS]:
-            found = _refine(ants, fixed, moving, start)
-            best = max(best, start, found, key=similarity)
-            value = similarity(best)
-            objection = _objection(value, rotation_angle(best))
-            again = any(_apart(found, other, moving.centre) < SAME_MM for other in reached)
-            sound = not objection and not _is_outline(value, _sharpness(similarity, best))
-            if sound or again:
-                break
-            reached.append(found)
-    return best, objection
-
-
-def _apart(one: np.ndarray, other: np.ndarray, centre: np.ndarray) -> float:
-    """Difference of two rigid transforms in mm, for a head at `centre` in the moving world."""
-    return rms_displacement(np.linalg.inv(other) @ one, centre)
-
-
 def align(
     reference: nib.Nifti1Image,
     moving: nib.Nifti1Image,
@@ -250,8 +147,7 @@ def align(
     seed : int
         The same seed gives the same result, bit for bit.
     threads : int
-        Accepted for symmetry with the other steps. ANTs repeats itself only with one thread, and
-        a pair takes a few seconds.
+        Accepted for symmetry with the other steps; a pair takes a few seconds on one.
     own_overlap : function, optional
         Agreement (0..1) of the two scans' own segmentations under a movement; it is asked only
         where the similarity leaves open whether both show one brain.
@@ -263,13 +159,20 @@ def align(
     """
     del threads
     fixed, other = head_volume(reference, 'reference'), head_volume(moving, 'other')
-    similarity = Similarity(fixed, other, coverage(moving), seed=seed)
+    covered = coverage(moving)
+    similarity = Similarity(fixed, other, covered, seed=seed)
     before = similarity(np.eye(4))
-    found, objection = _search(fixed, other, similarity, seed=seed)
+    found, apart = search(fixed, other, covered, similarity, seed=seed)
     after, sharpness = similarity(found), _sharpness(similarity, found)
     centre = apply(np.linalg.inv(found), fixed.centre[None])[0]
     shift = float(np.linalg.norm(fixed.centre - centre))
     turn = rotation_angle(found)
+    stays = (
+        rms_displacement(found, centre) < IDENTITY_MM or after - 1 < (before - 1) * IDENTITY_GAIN
+    )
+    objection = _objection(after, turn)
+    if not (objection or stays or apart < SAME_MM):
+        objection = f'searched again from nearby, it came to lie {apart:.1f} mm elsewhere'
     overlap, doubt = None, ''
     if not objection:
         if own_overlap is not None and sharpness < SURE_SHARPNESS:
@@ -280,7 +183,7 @@ def align(
     status: Status
     if objection:
         matrix, status, reason = np.eye(4), 'refused', f'Left out: {objection}.'
-    elif rms_displacement(found, centre) < IDENTITY_MM or after - 1 < (before - 1) * IDENTITY_GAIN:
+    elif stays:
         matrix, status = np.eye(4), 'identity'
         reason = 'The headers already align it as well as registration does.'
         after = before

@@ -162,11 +162,20 @@ class Similarity:
     that maps voxels onto voxels is not blurred by interpolation and scores too well.
     """
 
-    def __init__(self, fixed: Volume, moving: Volume, covered: Coverage, /, *, seed: int):
+    def __init__(
+        self,
+        fixed: Volume,
+        moving: Volume,
+        covered: Coverage,
+        /,
+        *,
+        seed: int,
+        points: int = POINTS,
+    ) -> None:
         rng = np.random.default_rng(seed)
         near = ndimage.binary_dilation(fixed.mask, iterations=3)
         chosen = np.argwhere(near)
-        chosen = chosen[rng.permutation(len(chosen))[:POINTS]]
+        chosen = chosen[rng.permutation(len(chosen))[:points]]
         voxels = chosen + rng.uniform(-0.5, 0.5, chosen.shape)
         self._points = apply(fixed.affine, voxels)
         self._values = ndimage.map_coordinates(fixed.data, voxels.T, order=1)

@@ -31,18 +31,6 @@ BIBLIOGRAPHY = """@article{hoffmann2025babyseg,
   year = {2011},
   doi = {10.3389/fninf.2011.00013}
 }
-@article{avants2011ants,
-  title = {A reproducible evaluation of {ANTs} similarity metric performance in brain image
-    registration},
-  author = {Avants, Brian B. and Tustison, Nicholas J. and Song, Gang and Cook, Philip A. and
-    Klein, Arno and Gee, James C.},
-  journal = {NeuroImage},
-  volume = {54},
-  number = {3},
-  pages = {2033--2044},
-  year = {2011},
-  doi = {10.1016/j.neuroimage.2010.09.025}
-}
 @article{avants2008syn,
   title = {Symmetric diffeomorphic image registration with cross-correlation: evaluating automated
     labeling of elderly and neurodegenerative brain},
@@ -53,6 +41,16 @@ BIBLIOGRAPHY = """@article{hoffmann2025babyseg,
   pages = {26--41},
   year = {2008},
   doi = {10.1016/j.media.2007.06.004}
+}
+@article{studholme1999nmi,
+  title = {An overlap invariant entropy measure of {3D} medical image alignment},
+  author = {Studholme, Colin and Hill, Derek L. G. and Hawkes, David J.},
+  journal = {Pattern Recognition},
+  volume = {32},
+  number = {1},
+  pages = {71--86},
+  year = {1999},
+  doi = {10.1016/S0031-3203(98)00091-0}
 }
 @article{tustison2010n4,
   title = {{N4ITK}: improved {N3} bias correction},
@@ -92,10 +90,10 @@ INTRODUCTION = (
     '2016) built on Nipype (Gorgolewski et al., 2011). '
 )
 ALIGNMENT = (
-    "Within each session, the other scans were rigidly aligned to the reference scan with ANTs' "
-    'mutual-information registration (Avants et al., 2011) from several starting positions; '
-    'scans that the headers already aligned were left in place, and implausible alignments were '
-    'refused. '
+    'Within each session, the other scans were rigidly aligned to the reference scan by the '
+    'greatest normalised mutual information (Studholme et al., 1999), searched from several '
+    'starting positions; scans that the headers already aligned were left in place, and '
+    'implausible alignments were refused. '
 )
 DENOISING = (
     'Rician noise was reduced with adaptive non-local means (Manjón et al., 2010) as implemented '
@@ -127,13 +125,6 @@ REFERENCES = {
             'correlation. Medical Image Analysis 12(1), 26-41.'
         ),
     ),
-    'avants2011ants': (
-        'Avants et al., 2011',
-        (
-            'Avants et al. (2011). A reproducible evaluation of ANTs similarity metric '
-            'performance in brain image registration. NeuroImage 54(3), 2033-2044.'
-        ),
-    ),
     'gorgolewski2011nipype': (
         'Gorgolewski et al., 2011',
         (
@@ -163,6 +154,13 @@ REFERENCES = {
             'Manjón et al. (2010). Adaptive non-local means denoising of MR images with '
             'spatially varying noise levels. Journal of Magnetic Resonance Imaging 31(1), '
             '192-203.'
+        ),
+    ),
+    'studholme1999nmi': (
+        'Studholme et al., 1999',
+        (
+            'Studholme et al. (1999). An overlap invariant entropy measure of 3D medical image '
+            'alignment. Pattern Recognition 32(1), 71-86.'
         ),
     ),
     'tustison2010n4': (

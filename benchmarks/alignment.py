@@ -23,10 +23,11 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
-from babyseg_bids.alignment import Alignment, rotation_angle
+from babyseg_bids.alignment import Alignment
 from babyseg_bids.network import load_model
 from babyseg_bids.pipeline import align_scans
 from babyseg_bids.preflight import load_image
+from babyseg_bids.rigid import rotation_angle
 
 MAX_DEGREES, MAX_MM = 30.0, 40.0
 # Beyond this an alignment counts as wrong.

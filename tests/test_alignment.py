@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from babyseg_bids import alignment
+from babyseg_bids import alignment, alignment_search
 from babyseg_bids.agreement import agreement
-from babyseg_bids.alignment import (
-    align,
-    rms_displacement,
-    rotation_angle,
-    rotation_matrix,
-    write_transform,
+from babyseg_bids.alignment import align, write_transform
+from babyseg_bids.alignment_similarity import (
+    Similarity,
+    Volume,
+    coverage,
+    head_volume,
+    normalised_mutual_information,
 )
-from babyseg_bids.alignment_similarity import normalised_mutual_information
 from babyseg_bids.errors import AlignmentError
+from babyseg_bids.rigid import rms_displacement, rotation_angle, rotation_matrix
 
 AFFINE = np.array([[2.0, 0, 0, -60], [0, 2, 0, -70], [0, 0, 2, -50], [0, 0, 0, 1]])
 SHAPE = (60, 70, 56)
@@ -41,6 +42,13 @@ def scan(classes: np.ndarray, values: list[float], affine: np.ndarray = AFFINE) 
     data = ndimage.gaussian_filter(np.array(values)[classes], 0.6)
     noise = np.random.default_rng(len(values)).normal(0, 0.02, data.shape)
     return nib.Nifti1Image((np.abs(data + noise) * (classes > 0)).astype(np.float32), affine)
+
+
+def shift(x: float) -> np.ndarray:
+    """A movement by `x` mm to the right."""
+    matrix = np.eye(4)
+    matrix[0, 3] = x
+    return matrix
 
 
 T1, T2 = [0, 0.5, 0.8, 0.2], [0, 0.6, 0.4, 1.0]
@@ -106,6 +114,60 @@ def test_own_segmentations_decide_where_the_images_do_not(
     assert (found.status, bool(found.doubt), found.overlap) == (status, flagged, overlap)
 
 
+@pytest.mark.parametrize(('apart', 'status'), [(0.4, 'rigid'), (2.4, 'refused')])
+def test_a_position_that_is_not_found_again_is_left_out(
+    displaced, monkeypatch, apart: float, status: str
+):
+    reference, moving, move, _ = displaced
+    monkeypatch.setattr(alignment, 'search', lambda *_, **__: (np.linalg.inv(move), apart))
+    found = align(reference, moving)
+    assert found.status == status
+    assert ('2.4 mm elsewhere' in found.reason) == (status == 'refused')
+
+
+def test_aligned_headers_need_not_be_found_again(classes, monkeypatch):
+    monkeypatch.setattr(alignment, 'search', lambda *_, **__: (np.eye(4), 2.4))
+    assert align(scan(classes, T1), scan(classes, T2)).status == 'identity'
+
+
+@pytest.mark.parametrize(
+    ('ends', 'found', 'apart'),
+    [
+        # Found again at once; found again at the third trial, at a better place than before; and
+        # never found again. The first of the ends is that of the first climb over all points.
+        ([5.0, 5.1], 5.1, 0.1),
+        ([5.0, 9.0, 9.0, 35.0, 35.0, 9.2], 9.2, 0.2),
+        ([5.0, 9.0, 9.0, 12.0, 12.0, 15.0, 15.0], 15.0, 3.0),
+    ],
+)
+def test_a_place_is_searched_until_it_is_found_twice(monkeypatch, ends, found, apart):
+    """Climbs are scripted: where each ends along x, which is the better the nearer to 20."""
+    head = Volume(np.zeros((2, 2, 2)), np.eye(4), np.ones((2, 2, 2), bool), np.zeros(3))
+    climbs = iter([shift(x) for x in (0.0, 0.0, 0.0, *ends)])
+
+    def likeness(matrix: np.ndarray) -> float:
+        return -abs(matrix[0, 3] - 20)
+
+    monkeypatch.setattr(alignment_search, 'Similarity', lambda *_, **__: likeness)
+    monkeypatch.setattr(alignment_search, '_far_apart', lambda starts, _: starts[:3])
+    monkeypatch.setattr(alignment_search, 'climb', lambda *_, **__: next(climbs))
+    matrix, distance = alignment_search.search(head, head, None, likeness, seed=0)
+    assert (matrix[0, 3], distance) == (found, pytest.approx(apart))
+    assert not list(climbs)
+
+
+@pytest.mark.parametrize('turn', [(20, 0, 0), (0, -15, 10)])
+def test_a_climb_reaches_the_place_from_afar(displaced, turn: tuple[int, int, int]):
+    reference, moving, move, _ = displaced
+    fixed, other = head_volume(reference, 'reference'), head_volume(moving, 'other')
+    alike = Similarity(fixed, other, coverage(moving), seed=1, points=10_000)
+    start = rotation_matrix(turn, fixed.centre) @ np.linalg.inv(move)
+    start[:3, 3] += 8
+    end = alignment_search.climb(alike, start, other.centre, step=4.0)
+    assert rms_displacement(end @ move, fixed.centre) < 1.0
+    assert alike(end) > alike(start)
+
+
 def test_own_segmentations_are_not_made_where_the_images_are_proof(displaced):
     *_, found = displaced
     assert found.sharpness > alignment.SURE_SHARPNESS
@@ -121,21 +183,16 @@ def benchmark(root: Path):
     return module
 
 
-@pytest.mark.needs_shared('data/ds-templates')
-@pytest.mark.parametrize('number', [2, 5, 8])
+# The last three were wrong or left out while the search ended at the step limit of its optimiser:
+# strong motion, strong motion in thick slices, and a newborn turned by 29 degrees and cut off.
+@pytest.mark.needs_shared('data/ds-motion24')
+@pytest.mark.parametrize('number', [2, 5, 9, 78, 91])
 def test_a_known_movement_between_two_real_scans_is_undone(benchmark, shared: Path, number: int):
     (_, *pair) = list(benchmark.cases(shared / 'data', number + 1, brains=False))[number]
     row = benchmark.run_case(number, *pair)
     assert row['status'] == 'rigid'
     assert row['error_mm'] < benchmark.TOLERANCE_MM
     assert row['error_degrees'] < benchmark.TOLERANCE_DEGREES
-
-
-@pytest.mark.needs_shared('data/ds-motion24')
-def test_a_position_that_is_wrong_is_left_out(benchmark, shared: Path):
-    # Strong motion at 2 mm, turned by 24 degrees: what is found is a degree and a half off.
-    (_, *pair) = list(benchmark.cases(shared / 'data', 10, brains=False))[9]
-    assert benchmark.run_case(9, *pair)['status'] == 'refused'
 
 
 @pytest.mark.needs_shared('data/ds-templates')
@@ -191,9 +248,3 @@ def test_independent_values_share_no_information():
     a, b = rng.random(200_000), rng.random(200_000)
     assert normalised_mutual_information(a, b) == pytest.approx(1, abs=0.002)
     assert normalised_mutual_information(a, a) == pytest.approx(2)
-
-
-def test_displacement_of_a_pure_shift_is_its_length():
-    shift = np.eye(4)
-    shift[:3, 3] = [3, 4, 0]
-    assert rms_displacement(shift, np.array([10.0, 20, 30])) == pytest.approx(5)

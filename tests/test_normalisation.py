@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from babyseg_bids import templates
-from babyseg_bids.alignment import rotation_matrix
 from babyseg_bids.errors import AlignmentError, InputError
 from babyseg_bids.labels import label_table
 from babyseg_bids.normalisation import (
@@ -18,6 +17,7 @@ from babyseg_bids.normalisation import (
     similarity_transform,
 )
 from babyseg_bids.records import Age
+from babyseg_bids.rigid import rotation_matrix
 from babyseg_bids.spaces import Space, choose_space, parse_space
 
 SHAPE = (46, 52, 42)

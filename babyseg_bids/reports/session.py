@@ -55,10 +55,10 @@ REFERENCES = (
     ),
     (
         (
-            'Avants BB et al. (2011). A reproducible evaluation of ANTs similarity metric '
-            'performance in brain image registration. NeuroImage 54(3), 2033-2044.'
+            'Studholme C et al. (1999). An overlap invariant entropy measure of 3D medical image '
+            'alignment. Pattern Recognition 32(1), 71-86.'
         ),
-        'https://doi.org/10.1016/j.neuroimage.2010.09.025',
+        'https://doi.org/10.1016/S0031-3203(98)00091-0',
     ),
     (
         (

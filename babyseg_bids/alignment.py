@@ -27,7 +27,7 @@ IDENTITY_GAIN = 1.03
 # slices, noise, bias fields) 1.147.
 MIN_SIMILARITY = 1.05
 # Two different brains match in outline only, so that a shift of `PROBE_MM` hardly matters. It took
-# 0.12 to 0.20 of the similarity away for brains of other children, and 0.42 to 0.62 for true
+# 0.12 to 0.20 of the similarity away for brains of other children, and 0.34 to 0.62 for true
 # pairs. Other children reached a similarity of 1.112, true pairs 1.147 and more.
 PROBE_MM = 3.0
 MIN_SHARPNESS = 0.25

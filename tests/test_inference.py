@@ -280,20 +280,6 @@ def test_a_network_that_prefers_one_side_is_balanced_by_the_mirrored_pass():
     assert not torch.allclose(posteriors(x, model, both_sides=False), p, atol=1e-3)
 
 
-def test_bfloat16_agrees_with_float32(monkeypatch):
-    torch.manual_seed(0)
-    config = NetworkConfig(labels=28, encoder=(8, 8), decoder=(8, 8), head=(8,))
-    model = Model('random', '0', GroupUNet(config).eval(), label_table(), 2.0, 4, {})
-    x = torch.rand(1, 32, 32, 32)
-    results = []
-    for half in (False, True):
-        monkeypatch.setattr(
-            'babyseg_bids.network.prediction.cpu_prefers_bfloat16', lambda h=half: h
-        )
-        results.append(posteriors(x, model))
-    assert (results[0] - results[1]).abs().max() < 0.05
-
-
 class FrontNetwork(Stand):
     """Labels a bright head: left and right thalamus in the front quarter, putamen behind it."""
 

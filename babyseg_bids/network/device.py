@@ -1,24 +1,11 @@
 """Which processor runs the network."""
 
-import os
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from babyseg_bids.errors import UsageError
-
-_HUGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
-
-
-def ask_for_huge_pages() -> None:
-    """Let torch take its memory in huge pages, where Linux has them; before its first tensor.
-
-    Tensors as large as a volume are taken from the system and given back again and again; in
-    small pages that costs a tenth of the time of a segmentation.
-    """
-    if _HUGE_PAGES.exists() and '[never]' not in _HUGE_PAGES.read_text():
-        os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
 
 
 def choose_device(text: str = 'auto', /) -> str:

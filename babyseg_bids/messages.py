@@ -378,10 +378,10 @@ def shares(at_once: int, threads: int, /) -> str:
     return f'{sessions}, with {threads} {"thread" if threads == 1 else "threads"} each.'
 
 
-def little_memory(mem_gb: float, need_gb: float, /) -> str:
-    """Less memory than one session needs."""
+def little_memory(session: str, mem_gb: float, need_gb: float, /) -> str:
+    """Less memory than the largest session needs."""
     return (
-        f'A session needs about {need_gb:.0f} GB of memory and {mem_gb:.1f} GB may be used: the '
+        f'{session} needs about {need_gb:.0f} GB of memory and {mem_gb:.1f} GB may be used: the '
         'system may end a process. Give more memory, or see --low-mem.'
     )
 

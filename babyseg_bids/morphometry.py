@@ -99,9 +99,11 @@ def count_voxels(labels: np.ndarray, table: LabelTable, /) -> dict[int, int]:
     labels : (X, Y, Z) integer ndarray
         FreeSurfer numbers; numbers that the table lacks are ignored.
     """
-    counts = np.bincount(
-        np.clip(labels, 0, None).ravel().astype(np.int64), minlength=int(table.indices.max()) + 1
-    )
+    size = int(table.indices.max()) + 1
+    # Counting takes eight bytes a voxel; one slice after the other, a large scan needs no more.
+    counts = np.zeros(size + 1, np.int64)
+    for part in np.moveaxis(labels, -1, 0):
+        counts += np.bincount(np.clip(part, 0, size).ravel(), minlength=size + 1)
     return {row.index: int(counts[row.index]) for row in table.structures}
 
 

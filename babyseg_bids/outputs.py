@@ -160,7 +160,7 @@ def like_reference(
     header['cal_min'] = header['cal_max'] = 0
     header['descrip'] = f'babyseg {__version__}'.encode()
     zooms = header.get_zooms()[:3]
-    image = nib.Nifti1Image(data.astype(dtype), None, header)
+    image = nib.Nifti1Image(data.astype(dtype, copy=False), None, header)
     image.header.set_zooms((*zooms, 1.0)[: data.ndim])
     # Built without an affine, the image keeps the forms and codes of the header to the last bit.
     for form in ('sform', 'qform'):
@@ -171,7 +171,10 @@ def like_reference(
 
 def coarse_uncertainty(uncertainty: np.ndarray, /) -> np.ndarray:
     """Uncertainty rounded to `UNCERTAINTY_STEP`, which files compress well."""
-    return (uncertainty / UNCERTAINTY_STEP).round() * np.float32(UNCERTAINTY_STEP)
+    steps = uncertainty / UNCERTAINTY_STEP
+    np.round(steps, out=steps)
+    steps *= np.float32(UNCERTAINTY_STEP)
+    return steps
 
 
 def sidecar(session: SessionInputs, what: str, **more: Any) -> dict[str, Any]:

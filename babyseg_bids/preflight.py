@@ -162,6 +162,16 @@ def load_image(path: Path | str, /) -> nib.Nifti1Image:
         raise InputError(f'{path}: {_unreadable(e)}.') from e
 
 
+def voxel_count(path: Path | str, /) -> int:
+    """Voxels of an image that was checked before, from its header; 0 when it has gone since."""
+    try:
+        with _listening():
+            image: Any = nib.load(path)
+            return int(np.prod(image.shape))
+    except READ_ERRORS:
+        return 0
+
+
 def _with_forms(data: np.ndarray, image: nib.Nifti1Pair) -> nib.Nifti1Image:
     """A new image on the same grid: a clean header with the affine, units and form codes."""
     result = nib.Nifti1Image(data, image.affine)

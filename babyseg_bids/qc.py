@@ -17,6 +17,7 @@ from babyseg_bids.morphometry import asymmetry_table, brain_volume, voxel_volume
 from babyseg_bids.qc_flags import SMALL_STRUCTURE_SHARE, judged_shares, session_flags
 from babyseg_bids.qc_image import ghost_share, scan_metrics
 from babyseg_bids.records import Age, Flag
+from babyseg_bids.thinning import thinned_affine, thinning
 
 # A voxel counts as misplaced when it lies farther than this beyond the midline plane, because
 # the interhemispheric fissure is not flat.
@@ -313,26 +314,32 @@ def session_metrics(
 ) -> dict[str, Any]:
     """All measures of a session, JSON-ready; None stands for what cannot be measured.
 
+    Grids finer than 0.3 mm are thinned first (see `thinning`).
+
     Parameters as in `session_qc`.
     """
     table = table or label_table()
     labels = np.asarray(labels)
     image = np.asarray(image)
     edges = edge_areas(labels, affine)
+    zooms, unit = np.linalg.norm(np.asarray(affine, float)[:3, :3], axis=0), voxel_volume(affine)
+    steps = thinning(affine)
+    labels, image, affine = labels[steps], image[steps], thinned_affine(affine, steps)
     ghosts = ghost_share(image, labels > 0)
     box = bounding_box(labels > 0)
     # All that follows depends on the brain alone, and images may be far larger than it.
     labels, image, affine = labels[box], image[box], crop(affine, box)
     metrics: dict[str, Any] = {
         'segmented_brain_volume_mm3': brain_volume(morph),
-        'voxel_volume_mm3': voxel_volume(affine),
+        'voxel_volume_mm3': unit,
         'missing_structures': [n for n, v in zip(*_names(morph), strict=True) if np.isnan(v)],
         'mean_confidence': _confidence(morph),
     }
     if labels.size:
         metrics |= scan_metrics(labels, image, affine, table)
+        metrics['voxel_min_mm'], metrics['voxel_max_mm'] = float(zooms.min()), float(zooms.max())
         if uncertainty is not None:
-            cropped = np.asarray(uncertainty)[box]
+            cropped = np.asarray(uncertainty)[steps][box]
             metrics |= _uncertainty_metrics(labels, cropped, uncertainty_threshold, table)
         shares = largest_component_shares(labels, table)
         metrics['largest_component_share'] = shares

@@ -265,8 +265,6 @@ def scan_metrics(
     metrics['smoothness_mm'] = smoothness_mm(image, white, affine)
     metrics['stripe_ratio'] = stripe_ratio(image, white)
     metrics['flat_cut_share'] = flat_cut_share(tissues > 0, affine)
-    zooms = np.linalg.norm(np.asarray(affine, float)[:3, :3], axis=0)
-    metrics['voxel_min_mm'], metrics['voxel_max_mm'] = float(zooms.min()), float(zooms.max())
     return metrics
 
 

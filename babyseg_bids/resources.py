@@ -15,6 +15,10 @@ from pathlib import Path
 GIB = 1024**3
 # What one session needs at its peak (network and scans of 1 mm), and babyseg itself.
 SESSION_GB = 3.0
+# It holds for a reference of this size; each voxel more takes so many bytes (the scan, its labels
+# and their uncertainty, which are on its grid).
+SESSION_VOXELS = 64e6
+VOXEL_BYTES = 16
 # What the steps before and after the network need.
 LIGHT_GB = 1.0
 # More threads than this hardly shorten one session's segmentation.
@@ -97,6 +101,11 @@ def memory_limit(root: Path = _ROOT, environ: Mapping[str, str] = os.environ) ->
     if not limits:
         raise OSError(f'No file under {root} tells how much memory there is. Give it with --mem.')
     return min(limits, key=lambda limit: limit.amount)
+
+
+def session_gb(voxels: int, /) -> float:
+    """Memory in GiB that a session needs whose reference has so many voxels."""
+    return SESSION_GB + max(0.0, voxels - SESSION_VOXELS) * VOXEL_BYTES / GIB
 
 
 def plan(

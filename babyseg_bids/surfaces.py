@@ -13,6 +13,7 @@ import numpy as np
 from scipy import ndimage
 
 from babyseg_bids.labels import LabelTable, label_table
+from babyseg_bids.thinning import thinned_affine, thinning
 
 # Width of the Gaussian in voxels: marching cubes on a plain mask makes steps, which add area.
 SMOOTHING_VOXELS = 0.8
@@ -187,13 +188,15 @@ def cortex_measures(
     labels : (X, Y, Z) integer ndarray
         FreeSurfer numbers.
     affine : (4, 4) ndarray
-        Voxel to world, mm.
+        Voxel to world, mm. Grids finer than 0.3 mm are thinned (see `thinning`).
 
     Returns
     -------
     Measures by side, `L` and `R`; NaN where the hemisphere has no cortex or no inside.
     """
     table = table or label_table()
+    steps = thinning(affine)
+    labels, affine = labels[steps], thinned_affine(affine, steps)
     out = {}
     for side in ('L', 'R'):
         rows = [

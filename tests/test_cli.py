@@ -754,7 +754,7 @@ if __name__ == '__main__':
         statuses[node.fullname.split('.')[1].removesuffix('_wf')] = status
 
     limit = Limit(1.5, 'control group')
-    execution.run_workflow(workflow, settings, Plan(1, 2, 2, 2), limit, note)
+    execution.run_workflow(workflow, settings, Plan(1, 2, 2, 2), limit, 3.0, note)
     found = [{'step': c.step, 'reason': c.reason} for c in crashes.read_crashes(settings)]
     print(json.dumps({'statuses': statuses, 'crashes': found}))
 """

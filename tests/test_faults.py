@@ -519,7 +519,7 @@ def test_a_large_scan_is_looked_at_in_pieces(tmp_path: Path) -> None:
 LARGE = os.environ.get('BABYSEG_LARGE')
 
 
-@pytest.mark.skipif(not LARGE, reason='takes minutes and 16 GB; BABYSEG_LARGE=1 runs it')
+@pytest.mark.skipif(not LARGE, reason='takes minutes and 12 GB; BABYSEG_LARGE=1 runs it')
 def test_a_scan_of_1_gb_is_segmented_on_its_own_grid(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / 'data')
     small = head(size=100)

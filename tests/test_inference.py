@@ -8,8 +8,9 @@ import torch
 
 from babyseg_bids.errors import InputError, ModelError, UsageError
 from babyseg_bids.labels import label_table
-from babyseg_bids.network import Model, choose_device, load_model, prediction, segment
+from babyseg_bids.network import Model, choose_device, inference, load_model, prediction, segment
 from babyseg_bids.network.grid import (
+    averaged,
     foreground_box,
     from_grid,
     onto_grid,
@@ -199,6 +200,41 @@ def test_the_way_to_the_grid_and_back_recovers_a_smooth_image():
     assert reference_box(whole, grid, image.shape) == box
 
 
+@pytest.mark.parametrize('order', ['C', 'F'])
+def test_blocks_of_a_very_fine_scan_are_averaged_where_they_are(order):
+    coarse = np.random.default_rng(0).random((5, 6, 7)).astype(np.float32)
+    affine = nib.affines.from_matvec(np.diag([0.6, 0.6, -0.5]), [1, 2, 3])
+    fine = np.asarray(np.kron(coarse, np.ones((3, 3, 1), np.float32)), order=order)
+    shift = nib.affines.from_matvec(np.diag([1 / 3, 1 / 3, 1]), [-1 / 3, -1 / 3, 0])
+    small, small_affine, sizes = averaged(fine, affine @ shift, 1.0)
+    assert sizes == (3, 3, 1)
+    np.testing.assert_allclose(small, coarse, rtol=1e-6)
+    np.testing.assert_allclose(small_affine, affine, atol=1e-9)
+    same, _, sizes = averaged(coarse, affine, 1.0)
+    assert same is coarse
+    assert sizes == (1, 1, 1)
+
+
+def test_a_very_fine_scan_is_labelled_on_its_own_grid_in_slabs(sides, monkeypatch):
+    image, affine = phantom()
+    fine = np.repeat(np.repeat(np.repeat(image, 4, 0), 4, 1), 4, 2)
+    shift = nib.affines.from_matvec(np.eye(3) / 4, [-0.375] * 3)
+    whole = segment([(fine, affine @ shift)], sides, keep_probabilities=True)
+    coarse = segment([(image, affine)], sides)
+    # The labels of 2 mm are those of the voxels in the middle of each block.
+    same = whole.labels[1::4, 1::4, 1::4] == coarse.labels
+    assert same.mean() > 0.99
+    for index, volume in coarse.soft_volumes.items():
+        assert whole.soft_volumes[index] == pytest.approx(volume, rel=0.02, abs=1)
+    monkeypatch.setattr(inference, '_SLAB', 100_000)
+    slabs = segment([(fine, affine @ shift)], sides, keep_probabilities=True)
+    assert (slabs.labels == whole.labels).mean() > 0.9999
+    np.testing.assert_allclose(slabs.uncertainty, whole.uncertainty, atol=1e-6)
+    np.testing.assert_allclose(slabs.probabilities, whole.probabilities, atol=1e-3)
+    assert slabs.soft_volumes == pytest.approx(whole.soft_volumes)
+    assert slabs.confidence == pytest.approx(whole.confidence, nan_ok=True)
+
+
 def test_normalise_ignores_masked_background():
     x = torch.zeros(20, 20, 20)
     x[5:15, 5:15, 5:15] = torch.linspace(50, 150, 1000).view(10, 10, 10)
@@ -362,9 +398,11 @@ class Bright(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.sizes = []
+        self.scans = []
 
     def coarse(self, x):
         self.sizes.append(tuple(x.shape[2:]))
+        self.scans.append(x.shape[1])
         logits = x.new_full((1, 28, *x.shape[2:]), -9.0)
         logits[:, 0] = 4.0
         logits[:, int(np.flatnonzero(label_table().indices == 16)[0])] = x.mean(1)
@@ -383,6 +421,17 @@ def test_further_passes_see_the_brain_and_its_surroundings_only():
     assert second == (20, 26, 14)
     found = result.channels(x.shape[1:]) > 0
     assert torch.equal(found, x[0] > 1)
+
+
+def test_one_scan_finds_the_head_and_its_direction_and_all_are_segmented():
+    network = Bright()
+    model = Model('bright', '0', network, label_table(), 2.0, 2, {})
+    x = torch.zeros(3, 40, 40, 40)
+    x[:, 10:20, 4:20, 20:24] = torch.tensor([6.0, 9.0, 9.0])[:, None, None, None]
+    predict(x, model, either_way=True)
+    assert network.scans == [1, 1, 3, 3]
+    assert network.sizes[0] == (40, 40, 40)
+    assert len(set(network.sizes[1:])) == 1
 
 
 def test_without_a_brain_everything_is_looked_at_and_nothing_labelled():

@@ -17,6 +17,7 @@ from babyseg_bids.qc import (
 from babyseg_bids.qc_flags import LIMITS
 from babyseg_bids.qc_image import contrast_to_noise, signal_to_noise
 from babyseg_bids.records import Age
+from babyseg_bids.surfaces import cortex_measures
 
 AFFINE = ras_affine()
 
@@ -269,6 +270,31 @@ def test_the_share_of_uncertain_voxels_is_counted_inside_the_brain():
     assert metrics['uncertain_share_by_structure']['L-CTX'] == 1
     assert metrics['uncertain_share_by_structure']['R-CTX'] == 0
     assert ('uncertain' in flags) == (expected > LIMITS['uncertain_share'].warning)
+
+
+def rounded(metrics):
+    return json.loads(json.dumps(metrics), parse_float=lambda text: f'{float(text):.6g}')
+
+
+def test_a_grid_far_finer_than_the_scan_is_measured_as_the_scan_it_came_from():
+    labels = brain()[::2, ::2, ::2]
+    image = scan(labels)
+    zooms = np.diag([0.6, 0.6, 0.6, 1.0])
+    morph = morphometry(labels, zooms, 0.9)
+
+    def measured(factor):
+        def fine(x):
+            return np.kron(x, np.ones((factor,) * 3, x.dtype))
+
+        affine = np.diag([0.6 / factor] * 3 + [1.0])
+        doubt = np.zeros(labels.shape, np.float32)
+        arrays = [fine(x) for x in (labels, doubt, image)]
+        return session_qc(*arrays, affine, morph, Age(6.0))[0], cortex_measures(arrays[0], affine)
+
+    (coarse, surfaces), (fine, fine_surfaces) = measured(1), measured(3)
+    sizes = {'voxel_volume_mm3': 0.2**3, 'voxel_min_mm': 0.2, 'voxel_max_mm': 0.2}
+    assert rounded(fine) == rounded({**coarse, **sizes})
+    assert fine_surfaces == surfaces
 
 
 def test_low_confidence_is_flagged():

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from babyseg_bids import resources
-from babyseg_bids.resources import GIB, SESSION_GB, cpu_limit, memory_limit, parse_memory, plan
+from babyseg_bids.resources import (
+    GIB,
+    SESSION_GB,
+    cpu_limit,
+    memory_limit,
+    parse_memory,
+    plan,
+    session_gb,
+)
 
 MEMINFO = 'MemTotal: 67108864 kB\nMemFree: 1024 kB\nMemAvailable: 50331648 kB\n'
 
@@ -186,6 +194,11 @@ def test_many_processors_run_sessions_side_by_side() -> None:
 
 def test_little_memory_gives_each_session_more_threads_instead() -> None:
     assert plan(16, 7, 100) == resources.Plan(threads=8, at_once=2, processors=16, workers=3)
+
+
+def test_a_reference_of_a_gigabyte_needs_more_than_a_usual_one() -> None:
+    assert session_gb(300**3) == SESSION_GB
+    assert 8 < session_gb(800**3) < 12
 
 
 def test_low_memory_mode_leaves_no_room_for_a_second_session() -> None:

@@ -16,7 +16,9 @@ from babyseg_bids.interfaces.session import (
     SegmentScans,
     UpdateSubjectPage,
 )
+from babyseg_bids.preflight import voxel_count
 from babyseg_bids.records import SessionInputs
+from babyseg_bids.resources import SESSION_GB, session_gb
 from babyseg_bids.settings import Settings
 from babyseg_bids.spaces import standard_spaces
 
@@ -55,10 +57,13 @@ def init_session_wf(
         'threads': threads,
         'stamps': stamps,
     }
+    # Every step holds what is on the reference's grid.
+    large_gb = session_gb(voxel_count(session.scans[0].path)) - SESSION_GB
+    segment_gb, light_gb = SEGMENT_GB + large_gb, LIGHT_GB + large_gb
     align = Node(
         AlignScans(seed=settings.random_seed, **network),
         name='align',
-        mem_gb=LIGHT_GB if len(session.scans) == 1 else SEGMENT_GB,
+        mem_gb=LIGHT_GB if len(session.scans) == 1 else segment_gb,
     )
     segment = Node(
         SegmentScans(
@@ -69,12 +74,12 @@ def init_session_wf(
         ),
         name='segment',
         n_procs=threads,
-        mem_gb=SEGMENT_GB,
+        mem_gb=segment_gb,
     )
     measure = Node(
         MeasureSession(uncertainty_threshold=settings.uncertainty_threshold),
         name='measure',
-        mem_gb=LIGHT_GB,
+        mem_gb=light_gb,
     )
     publish = Node(
         PublishSession(output_dir=str(settings.output_dir), settings=fingerprint),
@@ -107,7 +112,7 @@ def init_session_wf(
                 **network,
             ),
             name='normalise',
-            mem_gb=SEGMENT_GB,
+            mem_gb=segment_gb,
         )
         workflow.connect(
             [
@@ -120,7 +125,7 @@ def init_session_wf(
         report = Node(
             ReportSession(uncertainty_threshold=settings.uncertainty_threshold),
             name='report',
-            mem_gb=LIGHT_GB,
+            mem_gb=light_gb,
         )
         workflow.connect(
             [

@@ -3,13 +3,14 @@
 import re
 import tempfile
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from babyseg_bids import messages
+from babyseg_bids.preflight import voxel_count
 from babyseg_bids.records import SessionInputs
-from babyseg_bids.resources import SESSION_GB, memory_limit
+from babyseg_bids.resources import SESSION_GB, memory_limit, session_gb
 from babyseg_bids.settings import Settings
 
 # What the libraries say when an allocation is refused; a graphics card is another matter.
@@ -53,6 +54,11 @@ def session_of(step: str, sessions: Iterable[SessionInputs], /) -> SessionInputs
     return max(found, key=lambda s: len(s.name), default=None)
 
 
+def session_need_gb(session: SessionInputs, /) -> float:
+    """Memory in GiB that a session needs."""
+    return session_gb(voxel_count(session.scans[0].path)) if session.scans else SESSION_GB
+
+
 def crash_files(settings: Settings, /) -> list[Path]:
     """Crash files of this run, in the order of their times."""
     folders = [
@@ -65,12 +71,17 @@ def crash_files(settings: Settings, /) -> list[Path]:
     return sorted(f for f in files if f.name.removeprefix('crash-')[: len(began)] >= began)
 
 
-def read_crashes(settings: Settings, /) -> list[Crash]:
-    """All crashes of this run."""
+def read_crashes(settings: Settings, sessions: Sequence[SessionInputs] = (), /) -> list[Crash]:
+    """All crashes of this run; `sessions` tell how much memory each would have needed."""
     written = [parse_crash(f.read_text(errors='replace'), f) for f in crash_files(settings)]
     # Those come first: half a report of the same crash may be on the disk.
     crashes = [*_unwritten.get(settings.run_uuid, ()), *written]
-    return [replace(crash, reason=in_words(crash.reason, settings)) for crash in crashes]
+    explained = []
+    for crash in crashes:
+        session = session_of(crash.step, sessions)
+        need_gb = session_need_gb(session) if session else SESSION_GB
+        explained.append(replace(crash, reason=in_words(crash.reason, settings, need_gb)))
+    return explained
 
 
 def keep_crash(run_uuid: str, step: str, traceback: str, /) -> None:
@@ -79,13 +90,13 @@ def keep_crash(run_uuid: str, step: str, traceback: str, /) -> None:
     _unwritten.setdefault(run_uuid, []).append(crash)
 
 
-def in_words(reason: str, settings: Settings, /) -> str:
+def in_words(reason: str, settings: Settings, need_gb: float = SESSION_GB, /) -> str:
     """What to do about an error that is not babyseg's own, where that is known."""
     if reason.startswith('OSError') and messages.is_full(reason):
         return messages.disk_full(settings.output_dir, settings.work_root)
     if _NO_MEMORY.search(reason):
         limit = memory_limit()
-        return messages.memory_short(SESSION_GB, limit.amount, limit.source)
+        return messages.memory_short(need_gb, limit.amount, limit.source)
     return reason
 
 

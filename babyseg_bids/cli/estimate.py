@@ -7,12 +7,10 @@ from math import ceil
 from pathlib import Path
 from statistics import median
 
-import nibabel as nib
-
 from babyseg_bids.outputs import ledger_path
-from babyseg_bids.preflight import READ_ERRORS
+from babyseg_bids.preflight import voxel_count
 from babyseg_bids.records import SessionInputs
-from babyseg_bids.resources import SESSION_GB, Plan
+from babyseg_bids.resources import Plan, session_gb
 from babyseg_bids.settings import Settings
 from babyseg_bids.slurm import CPUS, SESSION_SECONDS
 
@@ -45,8 +43,9 @@ def estimate(
     known = [s for s in (_seconds(ledger_path(d, settings.output_dir)) for d in done) if s]
     each = median(known) if known else SESSION_SECONDS * max(1.0, CPUS / shares.threads)
     rounds = ceil(len(to_do) / shares.at_once)
-    disk = sum(PAGE_BYTES + VOXEL_BYTES * _voxels(s.scans[0].path) for s in to_do)
-    memory = SESSION_GB * min(shares.at_once, len(to_do))
+    voxels = sorted((voxel_count(s.scans[0].path) for s in to_do), reverse=True)
+    disk = sum(PAGE_BYTES + VOXEL_BYTES * n for n in voxels)
+    memory = sum(session_gb(n) for n in voxels[: shares.at_once])
     return Estimate(len(to_do), rounds * each, each, len(known), memory, disk)
 
 
@@ -57,12 +56,3 @@ def _seconds(ledger: Path) -> float | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return float(seconds) if isinstance(seconds, int | float) else None
-
-
-def _voxels(path: str) -> int:
-    """Voxels of an image that was read before; 0 when it has gone since."""
-    try:
-        shape = nib.load(path).shape
-    except READ_ERRORS:
-        return 0
-    return int(shape[0] * shape[1] * shape[2])

@@ -14,7 +14,6 @@ from babyseg_bids.errors import UsageError
 from babyseg_bids.records import SessionInputs
 from babyseg_bids.resources import (
     MEMORY_SHARE,
-    SESSION_GB,
     Limit,
     Plan,
     cpu_limit,
@@ -108,23 +107,32 @@ def build(sessions: Sequence[SessionInputs], settings: Settings, /) -> Any:
     return workflow
 
 
-def explain_death(limit: Limit, /) -> Callable[[int | None], str]:
-    """A function from the exit code of a dead worker to a sentence."""
+def explain_death(limit: Limit, need_gb: float, /) -> Callable[[int | None], str]:
+    """A function from the exit code of a dead worker to a sentence.
+
+    `need_gb` is the memory of the largest session.
+    """
 
     def explain(exit_code: int | None) -> str:
         # The system's memory killer sends SIGKILL; so do cluster managers, for the same reason.
         if exit_code in (None, -signal.SIGKILL):
-            return messages.memory_kill(SESSION_GB, limit.amount, limit.source)
+            return messages.memory_kill(need_gb, limit.amount, limit.source)
         # Libraries end a process when they are refused memory that they count on.
-        if limit.amount < SESSION_GB and exit_code < 0:
-            return messages.memory_kill(SESSION_GB, limit.amount, limit.source)
+        if limit.amount < need_gb and exit_code < 0:
+            return messages.memory_kill(need_gb, limit.amount, limit.source)
         return messages.worker_died(exit_code)
 
     return explain
 
 
 def run_workflow(
-    workflow: Any, settings: Settings, shares: Plan, memory: Limit, callback: Callback, /
+    workflow: Any,
+    settings: Settings,
+    shares: Plan,
+    memory: Limit,
+    need_gb: float,
+    callback: Callback,
+    /,
 ) -> BaseException | None:
     """Run it to its end; sessions that fail do not stop the others.
 
@@ -158,7 +166,7 @@ def run_workflow(
     pool = SessionPool(
         arguments,
         workers=shares.workers,
-        explain=explain_death(memory),
+        explain=explain_death(memory, need_gb),
         keep_crash=partial(keep_crash, settings.run_uuid),
         logging_level=logging_level(settings.verbose),
     )

@@ -14,13 +14,12 @@ from rich.console import Console
 
 from babyseg_bids import messages
 from babyseg_bids.cli import execution, traces
-from babyseg_bids.cli.crashes import keep_crash, node_key
+from babyseg_bids.cli.crashes import keep_crash, node_key, session_need_gb
 from babyseg_bids.cli.environment import prepare_environment
 from babyseg_bids.cli.progress import Progress, Tracker
 from babyseg_bids.cli.scratch import forget, prepare_scratch, release_scratch
 from babyseg_bids.outputs import is_done
 from babyseg_bids.records import SessionInputs
-from babyseg_bids.resources import SESSION_GB
 from babyseg_bids.settings import Settings
 
 
@@ -46,13 +45,12 @@ class Segmenter:
         self._folders: list[Path] = []
         self._success = True
         self._number = 0
+        # Of the sessions so far, the most memory that one needs.
+        self._need_gb = 0.0
         sentence = messages.resources(
             self._settings.nprocs, self._settings.mem_gb, cpus.source, self._memory.source
         )
         out.print(f'{sentence} {messages.shares(self._shares.at_once, self._shares.threads)}')
-        if self._settings.mem_gb < SESSION_GB:
-            warning = messages.little_memory(self._settings.mem_gb, SESSION_GB)
-            out.print(f'Warning: {warning}', style='yellow')
 
     def __enter__(self) -> 'Segmenter':
         self._scratch = prepare_scratch(self._settings)
@@ -84,6 +82,11 @@ class Segmenter:
         """
         settings, out = self._settings, self._out
         self._number += 1
+        need_gb, largest = max((session_need_gb(s), s.name) for s in sessions)
+        if need_gb > max(settings.mem_gb, self._need_gb):
+            warning = messages.little_memory(largest, settings.mem_gb, need_gb)
+            out.print(f'Warning: {warning}', style='yellow')
+        self._need_gb = max(self._need_gb, need_gb)
         traces.write_logs(sessions, settings)
         workflow = execution.build(sessions, settings)
         folders = execution.session_folders(workflow, self._scratch)
@@ -91,7 +94,12 @@ class Segmenter:
             out.print(f'Graph of the workflow: {traces.write_graph(workflow, settings)}')
         self._tracker.begin(sessions, execution.step_names(workflow), later=later)
         error = execution.run_workflow(
-            workflow, settings, self._shares, self._memory, self._progress.callback
+            workflow,
+            settings,
+            self._shares,
+            self._memory,
+            self._need_gb,
+            self._progress.callback,
         )
         if isinstance(error, OSError):
             # It met Nipype between two steps, and none of these sessions went on.

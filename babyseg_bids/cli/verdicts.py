@@ -57,7 +57,7 @@ def judge(
     With --overwrite old results are there in any case: `before` holds their stamps.
     """
     crashes: dict[str, Crash] = {}
-    for crash in read_crashes(settings):
+    for crash in read_crashes(settings, sessions):
         session = session_of(crash.step, sessions)
         if session is not None:
             # The first is the cause, later ones may follow from it.

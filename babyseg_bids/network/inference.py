@@ -1,7 +1,7 @@
 """From scans to a label map on the reference's own grid: arrays in, arrays out."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from babyseg_bids.errors import InputError
 from babyseg_bids.network.device import choose_device
 from babyseg_bids.network.grid import (
     WorkingGrid,
+    averaged,
     foreground_box,
     from_grid,
     onto_grid,
@@ -25,6 +26,8 @@ from babyseg_bids.network.weights import Model
 
 # A channel is interpolated only where it reaches this probability.
 _NEGLIGIBLE = 1e-3
+# Voxels of the reference that are labelled at once; a scan of 1 mm has less in its brain.
+_SLAB = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -117,14 +120,17 @@ def _prepare(
     scans: Sequence[tuple[np.ndarray, np.ndarray]], model: Model, device: str
 ) -> tuple[Tensor, WorkingGrid]:
     """Scans (G, *size) in 0..1 on the model's grid of the first one."""
-    image, affine = scans[0]
-    grid = working_grid(
-        affine,
-        foreground_box(image),
-        spacing=model.spacing,
-        multiple=model.multiple,
-    )
-    prepared = [normalise(onto_grid(_tensor(x, device), a, grid)) for x, a in scans]
+    _, affine = scans[0]
+    prepared: list[Tensor] = []
+    for x, a in scans:
+        small, small_affine, sizes = averaged(x, a, model.spacing)
+        if not prepared:
+            box = [
+                slice(n * s.start, n * s.stop)
+                for n, s in zip(sizes, foreground_box(small), strict=True)
+            ]
+            grid = working_grid(affine, box, spacing=model.spacing, multiple=model.multiple)
+        prepared.append(normalise(onto_grid(_tensor(small, device), small_affine, grid)))
     return torch.stack(prepared), grid
 
 
@@ -171,46 +177,62 @@ def _to_reference(
     voxel = float(abs(np.linalg.det(affine[:3, :3])))
     labels = np.zeros(tuple(shape), np.int16)
     uncertainty = np.zeros(tuple(shape), np.float32)
-    volumes = dict.fromkeys(indices.tolist(), 0.0)
-    confidence = dict.fromkeys(indices.tolist(), float('nan'))
+    sums, count, sureness = (np.zeros(len(indices)) for _ in range(3))
     probabilities = None
     if keep:
         probabilities = np.zeros((*shape, len(indices)), np.float16)
         probabilities[..., 0] = 1
     # Where the grid does not reach and where no structure is likely is background.
     brain = _box(posteriors[0] < 1 - _NEGLIGIBLE / 2)
-    if brain is not None:
-        whole = reference_box(brain, grid, shape)
-        best = from_grid(posteriors[0], grid, whole)
+    boxes = _boxes(posteriors)
+    for slab in _slabs(reference_box(brain, grid, shape)) if brain else ():
+        best = from_grid(posteriors[0], grid, slab)
         if probabilities is not None:
-            probabilities[(*whole, 0)] = best.cpu().numpy()
+            probabilities[(*slab, 0)] = best.cpu().numpy()
         channel = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
-        for c, box in enumerate(_boxes(posteriors)):
+        for c, box in enumerate(boxes):
             if box is None or c == 0:
                 continue
-            index = int(indices[c])
-            target = reference_box(box, grid, shape)
+            target = _common(reference_box(box, grid, shape), slab)
             p = from_grid(posteriors[c], grid, target)
-            volumes[index] = float(p.sum(dtype=torch.float64)) * voxel
+            sums[c] += float(p.sum(dtype=torch.float64))
             if probabilities is not None:
                 probabilities[(*target, c)] = p.cpu().numpy()
             here = tuple(
-                slice(t.start - w.start, t.stop - w.start)
-                for t, w in zip(target, whole, strict=True)
+                slice(t.start - s.start, t.stop - s.start)
+                for t, s in zip(target, slab, strict=True)
             )
             better = p > best[here]
             channel[here].masked_fill_(better, c)
             torch.maximum(best[here], p, out=best[here])
-        channels, sureness = channel.cpu().numpy(), best.cpu().numpy()
-        labels[whole] = indices[channels]
-        uncertainty[whole] = 1 - sureness
-        count = np.bincount(channels.ravel(), minlength=len(indices))
-        total = np.bincount(channels.ravel(), sureness.ravel(), len(indices))
-        for index, n, sum_ in zip(indices.tolist(), count, total, strict=True):
-            if n:
-                confidence[index] = float(sum_ / n)
+        channels, sure = channel.cpu().numpy(), best.cpu().numpy()
+        labels[slab] = indices[channels]
+        uncertainty[slab] = 1 - sure
+        count += np.bincount(channels.ravel(), minlength=len(indices))
+        sureness += np.bincount(channels.ravel(), sure.ravel(), len(indices))
+    volumes = dict(zip(indices.tolist(), (sums * voxel).tolist(), strict=True))
     volumes[0] = float(np.prod(shape)) * voxel - sum(volumes.values())
+    with np.errstate(invalid='ignore'):
+        confidence = dict(zip(indices.tolist(), (sureness / count).tolist(), strict=True))
     return labels, uncertainty, probabilities, volumes, confidence
+
+
+def _slabs(box: tuple[slice, ...]) -> Iterator[tuple[slice, ...]]:
+    """Parts of a box of the reference, as many slices of its first axis as memory allows."""
+    first, *others = box
+    area = int(np.prod([s.stop - s.start for s in others]))
+    step = max(1, _SLAB // max(1, area))
+    for start in range(first.start, first.stop, step):
+        yield (slice(start, min(start + step, first.stop)), *others)
+
+
+def _common(a: tuple[slice, ...], b: tuple[slice, ...]) -> tuple[slice, ...]:
+    """The part of box `a` that lies in box `b`; of no length where they do not meet."""
+    out = []
+    for s, t in zip(a, b, strict=True):
+        start = min(max(s.start, t.start), t.stop)
+        out.append(slice(start, max(start, min(s.stop, t.stop))))
+    return tuple(out)
 
 
 def _boxes(posteriors: Tensor) -> list[tuple[slice, ...] | None]:

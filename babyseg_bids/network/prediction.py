@@ -170,7 +170,9 @@ def _predict(
         limit = int(_MEMORY_SHARE * room * GIB / _bytes_a_voxel(model, len(scans)))
         spacing = model.spacing * (2 if network.fine else 1)
         view = _AHEAD
-        result = _coarse(small, network, view, limit)
+        # One scan is enough to find the head and its direction: the last, which shows most of it
+        # in the order that `inference` gives.
+        result = _coarse(small[-1:], network, view, limit)
         logits = _logits(result, view, model)
         coarse = _softmax(logits, model)
         remove_islands(coarse, spacing=spacing)
@@ -181,13 +183,17 @@ def _predict(
         if network.fine:
             scans = scans[(slice(None), *_doubled(part))]
         if either_way:
-            back = _coarse(small, network, _BACK, limit)
+            back = _coarse(small[-1:], network, _BACK, limit)
             logits_back = _logits(back, _BACK, model)
             turned = _softmax(logits_back, model)
-            gain = deep_fit(turned, small, model) - deep_fit(coarse, small, model)
+            gain = deep_fit(turned, small[-1:], model) - deep_fit(coarse, small[-1:], model)
             if gain > _TURN_MARGIN:
                 view, result, logits, coarse = _BACK, back, logits_back, turned
             del back, logits_back, turned
+        if len(small) > 1:
+            result = _coarse(small, network, view, limit)
+            logits = _logits(result, view, model)
+            coarse = _softmax(logits, model)
         results = {view: result}
         if both_sides:
             mirrored = _BACK_MIRRORED if view == _BACK else _AHEAD_MIRRORED

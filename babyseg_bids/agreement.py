@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from threading import Lock
 
 import nibabel as nib
 import numpy as np
@@ -42,6 +43,8 @@ class OwnSegmentations:
         device: str = 'auto',
         threads: int | None = None,
     ) -> None:
+        # Scans may be aligned side by side; the network has memory for one at a time.
+        self._lock = Lock()
         self._model = cache(model)
         self._options = {'device': device, 'threads': threads}
         self._fixed = cache(lambda: self._segmented(head_volume(reference, 'reference')))
@@ -52,12 +55,14 @@ class OwnSegmentations:
 
     def agreement(self, moving: nib.Nifti1Image, matrix: np.ndarray, /) -> float:
         """Agreement of `moving` with the reference when `matrix` aligns it, 0..1."""
-        fixed, labels = self._fixed()
         head = head_volume(moving, 'other')
+        with self._lock:
+            fixed, labels = self._fixed()
         back = np.linalg.inv(matrix)
         pull = np.linalg.inv(head.affine) @ back @ fixed.affine
         shape = fixed.data.shape
         data = ndimage.affine_transform(head.data, pull, output_shape=shape, order=1)
-        _, other = self._segmented(Volume(data, fixed.affine, fixed.mask, fixed.centre))
+        with self._lock:
+            _, other = self._segmented(Volume(data, fixed.affine, fixed.mask, fixed.centre))
         points = apply(back @ fixed.affine, np.indices(shape).reshape(3, -1).T)
         return agreement(labels, other, coverage(moving)(points).reshape(shape))

@@ -135,7 +135,6 @@ def align(
     /,
     *,
     seed: int = 0,
-    threads: int = 1,
     own_overlap: Callable[[np.ndarray], float] | None = None,
 ) -> Alignment:
     """Find the rigid movement that brings `moving` onto `reference`.
@@ -146,8 +145,6 @@ def align(
         Two 3-D scans of one child, of any contrast, resolution, orientation and field of view.
     seed : int
         The same seed gives the same result, bit for bit.
-    threads : int
-        Accepted for symmetry with the other steps; a pair takes a few seconds on one.
     own_overlap : function, optional
         Agreement (0..1) of the two scans' own segmentations under a movement; it is asked only
         where the similarity leaves open whether both show one brain.
@@ -157,7 +154,6 @@ def align(
     AlignmentError
         When one of the images holds nothing but background.
     """
-    del threads
     fixed, other = head_volume(reference, 'reference'), head_volume(moving, 'other')
     covered = coverage(moving)
     similarity = Similarity(fixed, other, covered, seed=seed)

@@ -1,6 +1,7 @@
 """Align and segment the scans of one session: the steps as functions, and the Python API."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,20 +71,18 @@ def align_scans(
     ----------
     model : gives the network that segments each scan alone where the images leave open whether
         they are of one brain; None to judge by the images only
+    threads : scans that are aligned side by side; the result does not depend on it
     """
     if len(images) < 2:
         return []
     own = OwnSegmentations(images[0], model, device=device, threads=threads) if model else None
-    return [
-        align(
-            images[0],
-            image,
-            seed=seed,
-            threads=threads,
-            own_overlap=own and partial(own.agreement, image),
-        )
-        for image in images[1:]
-    ]
+
+    def aligned(image: nib.Nifti1Image) -> Alignment:
+        overlap = own and partial(own.agreement, image)
+        return align(images[0], image, seed=seed, own_overlap=overlap)
+
+    with ThreadPoolExecutor(max(1, min(threads, len(images) - 1))) as pool:
+        return list(pool.map(aligned, images[1:]))
 
 
 def segment_aligned(

@@ -63,6 +63,7 @@ def init_session_wf(
     align = Node(
         AlignScans(seed=settings.random_seed, **network),
         name='align',
+        n_procs=max(1, min(threads, len(session.scans) - 1)),
         mem_gb=LIGHT_GB if len(session.scans) == 1 else segment_gb,
     )
     segment = Node(

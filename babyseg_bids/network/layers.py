@@ -53,9 +53,11 @@ class GroupConv(nn.Module):
         own, common = self.conv_b, self.conv_m
         if groups == 1:
             return self.merged(x)
-        each = grouped(convolve(flat(x), own.weight, own.bias), groups)
-        mean = convolve(x.mean(1), common.weight, common.bias)
-        return (each + mean[:, None]) / 2
+        # Scaling the weights instead of the features saves three passes over memory.
+        each = grouped(convolve(flat(x), own.weight / 2, own.bias / 2), groups)
+        share = common.weight / (2 * groups)
+        mean = convolve(total_over_scans(x), share, common.bias / 2)[:, None]
+        return each + mean if torch.is_grad_enabled() else each.add_(mean)
 
     def merged(self, x: Tensor) -> Tensor:
         """The same for one scan, (B, 1, C, *size)."""
@@ -89,7 +91,7 @@ class ScanAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Weights (B, G, 1, *size) of features (B, G, C, *size)."""
-        hidden = F.elu(self.hidden(x))
+        hidden = F.elu(self.hidden(x), inplace=not torch.is_grad_enabled())
         return grouped(self.score(flat(hidden)), x.shape[1]).softmax(1)
 
 
@@ -122,6 +124,21 @@ class Activation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same shape."""
         return F.elu(x, inplace=not torch.is_grad_enabled())
+
+
+def total_over_scans(x: Tensor, weights: Tensor | None = None, /) -> Tensor:
+    """Sum over the scans of (B, G, C, *size), weighted by (B, G, 1, *size) if given."""
+    # Scan after scan: torch's own sum over the second dimension takes half the time of the U-Net.
+    first, *others = x.unbind(1)
+    if weights is None:
+        total = first
+        for scan in others:
+            total = total + scan
+        return total
+    total = first * weights[:, 0]
+    for g, scan in enumerate(others, start=1):
+        total = torch.addcmul(total, scan, weights[:, g])
+    return total
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from babyseg_bids.network.layers import (
     max_pool,
     single_channel,
     space_to_depth,
+    total_over_scans,
     upsample,
 )
 
@@ -155,7 +156,7 @@ class Refinement(nn.Module):
         """What `out` makes the additional logits of: (B, 1, C, *half the size)."""
         own = F.elu(self.scan(space_to_depth(x)))
         if own.shape[1] > 1:
-            own = (coarse.weights * own).sum(1, keepdim=True)
+            own = total_over_scans(own, coarse.weights)[:, None]
         result: Tensor = self.mix(concatenate(own, coarse.features.unsqueeze(1)))
         return result
 
@@ -294,9 +295,9 @@ class GroupUNet(nn.Module):
         groups = x.shape[1]
         if self.attention is None or groups == 1:
             weights = x.new_full((x.shape[0], groups, 1, *x.shape[3:]), 1 / groups)
-            return (x if groups == 1 else x.mean(1, keepdim=True)), weights
+            return (x if groups == 1 else total_over_scans(x)[:, None] / groups), weights
         weights = self.attention(x)
-        return (weights * x).sum(1, keepdim=True), weights
+        return total_over_scans(x, weights)[:, None], weights
 
 
 # The last step of the official network runs on slabs of so many voxels; it is the largest.

@@ -107,3 +107,21 @@ def search(
         if apart < SAME_MM:
             break
     return best, apart
+
+
+def mirrored_similarity(
+    fixed: Volume,
+    moving: Volume,
+    covered: Coverage,
+    similarity: Similarity,
+    matrix: np.ndarray,
+    /,
+    *,
+    seed: int,
+) -> float:
+    """The most that `moving` resembles `fixed` near `matrix` with its left and right exchanged."""
+    mirror = np.diag([-1.0, 1.0, 1.0, 1.0])
+    mirror[0, 3] = 2 * fixed.centre[0]
+    quick = Similarity(fixed, moving, covered, seed=seed + 1, points=QUICK_POINTS)
+    near = climb(quick, mirror @ matrix, moving.centre, step=FAR_STEP)
+    return similarity(climb(similarity, near, moving.centre, step=NEAR_STEP))

@@ -120,6 +120,8 @@ def segment_aligned(
 
 def alignment_flags(name: str, alignment: Alignment, /) -> list[Flag]:
     """The flag for a scan that could not be aligned, or only with doubt."""
+    if alignment.mirrored:
+        return [Flag('scans-mirrored', 'severe', f'{name} was not used. {alignment.reason}')]
     if alignment.status == 'refused':
         return [Flag('alignment-refused', 'warning', f'{name} was not used. {alignment.reason}')]
     if alignment.doubt:

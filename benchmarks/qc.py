@@ -33,7 +33,7 @@ from scipy import fft, ndimage
 from babyseg_bids.labels import TISSUES, LabelTable, label_table
 from babyseg_bids.morphometry import morphometry_table, voxel_volume
 from babyseg_bids.network import Model, Segmentation, load_model, segment
-from babyseg_bids.pipeline import align_scans
+from babyseg_bids.pipeline import align_scans, alignment_flags
 from babyseg_bids.qc import bounding_box, crop, session_qc
 from babyseg_bids.qc_flags import LIMITS
 from babyseg_bids.qc_image import scan_agreement
@@ -43,11 +43,11 @@ from babyseg_bids.records import Age
 # put right before use.
 SCANS = (
     ('ds-bmex/sub-0002/ses-V01', 'T1w', True),
-    ('ds-templates/sub-month00', 'T2w', False),
+    ('ds-templates/sub-month00', 'T2w', True),
     ('ds-bmex/sub-0007/ses-V01', 'T1w', True),
 )
 # Ages in months of the templates of two contrasts, and of the one whose T2w is the wrong head.
-PAIRS = (('00', '06'), ('06', '24'), ('24', '00'))
+PAIRS = (('00', '06'), ('06', '12'), ('12', '00'))
 # Voxels around what is not empty.
 MARGIN = 10
 HALF_TURN = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -58,7 +58,7 @@ NOISE = ('noisy', 'low-signal-to-noise')
 MOTION = ('striped', 'ghosted', *NOISE)
 SIDES = ('mirrored', 'left-right-swapped', 'left-right-confused')
 CUT = ('brain-cut-off',)
-FOREIGN = ('scans-disagree', 'alignment-refused', 'alignment-doubtful')
+FOREIGN = ('scans-disagree', 'alignment-refused', 'alignment-doubtful', 'scans-mirrored')
 RANK = {'info': 0, 'warning': 1, 'severe': 2}
 UNTOUCHED = 'as it is'
 
@@ -360,9 +360,10 @@ def real_cases(
 def pair_flags(first: Scan, second: Scan, model: Model) -> dict[str, Any]:
     """Alignment of two scans, and how well their own segmentations agree."""
     (alignment,) = align_scans([first.image, second.image])
+    found = alignment_flags(second.name, alignment)
+    flags: dict[str, str] = {flag.code: flag.severity for flag in found}
     if alignment.status == 'refused':
-        return {'flags': {'alignment-refused': 'warning'}}
-    flags = {'alignment-doubtful': 'warning'} if alignment.doubt else {}
+        return {'flags': flags}
     to_voxel = np.linalg.inv(alignment.matrix @ second.affine) @ first.affine
     moved = ndimage.affine_transform(
         second.found.labels, to_voxel, output_shape=first.data.shape, order=0, cval=-1
@@ -549,7 +550,8 @@ def all_cases(args: argparse.Namespace, model: Model | None) -> Iterator[Case]:
         for month, _ in PAIRS:
             for suffix in ('T1w', 'T2w'):
                 place = f'ds-templates/sub-month{month}'
-                scan = open_scan(args.folder, place, suffix, model, ages)
+                # All templates face backwards in their headers.
+                scan = open_scan(args.folder, place, suffix, model, ages, backwards=True)
                 templates[f'{place}_{suffix}'] = scan
     yield from real_cases(args.folder, model, args.seed, args.quick, templates)
     if not args.quick:

@@ -19,6 +19,7 @@ from babyseg_bids.alignment_similarity import (
     normalised_mutual_information,
 )
 from babyseg_bids.errors import AlignmentError
+from babyseg_bids.pipeline import alignment_flags
 from babyseg_bids.rigid import rms_displacement, rotation_angle, rotation_matrix
 
 AFFINE = np.array([[2.0, 0, 0, -60], [0, 2, 0, -70], [0, 0, 2, -50], [0, 0, 0, 1]])
@@ -79,6 +80,16 @@ def test_a_known_movement_of_another_contrast_is_undone(displaced):
 def test_the_same_seed_gives_the_same_transform(displaced):
     reference, moving, _, found = displaced
     assert np.array_equal(align(reference, moving, seed=3).matrix, found.matrix)
+
+
+def test_a_scan_whose_sides_are_exchanged_is_left_out_as_such(displaced):
+    reference, moving, _, found = displaced
+    assert not found.mirrored
+    other = align(reference, nib.Nifti1Image(moving.get_fdata()[::-1], moving.affine), seed=3)
+    assert (other.status, other.mirrored) == ('refused', True)
+    assert 'left and right' in other.reason
+    (flag,) = alignment_flags('b_T2w.nii.gz', other)
+    assert (flag.code, flag.severity) == ('scans-mirrored', 'severe')
 
 
 def test_scans_that_are_aligned_stay_where_they_are(classes):

@@ -29,7 +29,7 @@ torch_pin := $(patsubst torch==%,%,$(shell grep '^torch==' requirements/lock.txt
 # The modules that know nothing of Nipype and torch; types are checked there.
 typed := $(addprefix babyseg_bids/,$(addsuffix .py, \
     development errors files labels longitudinal messages morphometry records resources \
-    settings shares slurm surfaces tables wrapper)) \
+    settings shares slurm surfaces tables thinning wrapper)) \
     $(wildcard $(addprefix babyseg_bids/, age*.py discovery*.py preflight*.py qc*.py))
 sources := babyseg_bids workflows synthesis tests benchmarks
 

@@ -128,7 +128,7 @@ class Activation(nn.Module):
 
 def total_over_scans(x: Tensor, weights: Tensor | None = None, /) -> Tensor:
     """Sum over the scans of (B, G, C, *size), weighted by (B, G, 1, *size) if given."""
-    # Scan after scan: torch's own sum over the second dimension takes a quarter of the U-Net's time.
+    # Scan after scan: torch's own sum over the scans takes a quarter of the U-Net's time.
     first, *others = x.unbind(1)
     if weights is None:
         total = first

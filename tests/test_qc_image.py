@@ -27,7 +27,7 @@ def rng():
     return np.random.default_rng(4)
 
 
-def flags_of(image, months=24.0, predicted_dice=0.9, **measures):
+def flags_of(image, months=12.0, predicted_dice=0.9, **measures):
     """Codes and severities of a scan of the phantom."""
     labels, affine = brain(), ras_affine()
     morph = morphometry(labels, affine)
@@ -134,5 +134,5 @@ def test_every_limit_is_stricter_when_severe_and_the_bounds_of_volumes_grow():
     for limit in LIMITS.values():
         if limit.severe is not None:
             assert (limit.severe < limit.warning) == limit.below
-    assert PLAUSIBLE_VOLUME.at(1.5) == (215.0, 875.0)
+    assert PLAUSIBLE_VOLUME.at(1.5) == (220.0, 875.0)
     assert PLAUSIBLE_VOLUME.at(900)[1] == PLAUSIBLE_VOLUME.at(60)[1]

@@ -554,7 +554,13 @@ def test_ctrl_c_before_the_start_ends_the_wrapper(place: Place) -> None:
     text = 'import time; open("begun", "w").close(); time.sleep(30)'
     place.install('docker', text=text)
     command = [sys.executable, wrapper.__file__, str(place.data), 'out', 'participant']
-    with subprocess.Popen(command, cwd=place.folder, env=place.environ()) as process:
+    with subprocess.Popen(
+        command,
+        cwd=place.folder,
+        env=place.environ(),
+        # What a shell starts in the background inherits that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
         while not (place.folder / 'begun').exists():
             assert process.poll() is None
             time.sleep(0.05)

@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 from scipy import optimize
 
-from babyseg_bids.alignment_similarity import Coverage, Similarity, Volume, apply
+from babyseg_bids.alignment_similarity import Similarity, Volume, apply
 from babyseg_bids.rigid import distance, rotation_matrix
 
 # Starting rotations, degrees about each axis; scanners rarely store a head further off than this.
@@ -78,9 +78,15 @@ def _far_apart(starts: list[np.ndarray], centre: np.ndarray) -> list[np.ndarray]
 
 
 def search(
-    fixed: Volume, moving: Volume, covered: Coverage, similarity: Similarity, /, *, seed: int
+    fixed: Volume, moving: Volume, similarity: Similarity, quick: Similarity, /
 ) -> tuple[np.ndarray, float]:
     """The position in which `moving` resembles `fixed` most.
+
+    Parameters
+    ----------
+    similarity : with all points
+    quick : with `QUICK_POINTS` others: an optimum that is due to the choice of points is not found
+        again
 
     Returns
     -------
@@ -88,9 +94,6 @@ def search(
     more than `SAME_MM` when none of `NUDGES` led back to it.
     """
     centre = moving.centre
-    # Other points than those of `similarity`: an optimum that is due to the choice of points
-    # is not found again.
-    quick = Similarity(fixed, moving, covered, seed=seed + 1, points=QUICK_POINTS)
     starts = sorted(_starts(fixed, moving), key=quick, reverse=True)
     ends = [climb(quick, s, centre, step=FAR_STEP) for s in _far_apart(starts, centre)]
     best = climb(similarity, max(ends, key=similarity), centre, step=NEAR_STEP)
@@ -110,18 +113,10 @@ def search(
 
 
 def mirrored_similarity(
-    fixed: Volume,
-    moving: Volume,
-    covered: Coverage,
-    similarity: Similarity,
-    matrix: np.ndarray,
-    /,
-    *,
-    seed: int,
+    fixed: Volume, moving: Volume, similarity: Similarity, quick: Similarity, matrix: np.ndarray, /
 ) -> float:
     """The most that `moving` resembles `fixed` near `matrix` with its left and right exchanged."""
     mirror = np.diag([-1.0, 1.0, 1.0, 1.0])
     mirror[0, 3] = 2 * fixed.centre[0]
-    quick = Similarity(fixed, moving, covered, seed=seed + 1, points=QUICK_POINTS)
     near = climb(quick, mirror @ matrix, moving.centre, step=FAR_STEP)
     return similarity(climb(similarity, near, moving.centre, step=NEAR_STEP))

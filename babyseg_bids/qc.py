@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from nibabel.affines import voxel_sizes
 from scipy import ndimage
 
 from babyseg_bids.labels import LabelTable, label_table
@@ -314,7 +315,7 @@ def session_metrics(
 ) -> dict[str, Any]:
     """All measures of a session, JSON-ready; None stands for what cannot be measured.
 
-    Grids finer than 0.3 mm are thinned first (see `thinning`).
+    Grids of 0.3 mm and finer are thinned first (see `thinning`).
 
     Parameters as in `session_qc`.
     """
@@ -322,7 +323,7 @@ def session_metrics(
     labels = np.asarray(labels)
     image = np.asarray(image)
     edges = edge_areas(labels, affine)
-    zooms, unit = np.linalg.norm(np.asarray(affine, float)[:3, :3], axis=0), voxel_volume(affine)
+    zooms, unit = voxel_sizes(affine), voxel_volume(affine)
     steps = thinning(affine)
     labels, image, affine = labels[steps], image[steps], thinned_affine(affine, steps)
     ghosts = ghost_share(image, labels > 0)

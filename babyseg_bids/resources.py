@@ -18,7 +18,7 @@ SESSION_GB = 3.0
 # It holds for a reference of this size; each voxel more takes so many bytes (the scan, its labels
 # and their uncertainty, which are on its grid).
 SESSION_VOXELS = 64e6
-VOXEL_BYTES = 16
+EXTRA_VOXEL_BYTES = 16
 # What the steps before and after the network need.
 LIGHT_GB = 1.0
 # More threads than this hardly shorten one session's segmentation.
@@ -105,7 +105,7 @@ def memory_limit(root: Path = _ROOT, environ: Mapping[str, str] = os.environ) ->
 
 def session_gb(voxels: int, /) -> float:
     """Memory in GiB that a session needs whose reference has so many voxels."""
-    return SESSION_GB + max(0.0, voxels - SESSION_VOXELS) * VOXEL_BYTES / GIB
+    return SESSION_GB + max(0.0, voxels - SESSION_VOXELS) * EXTRA_VOXEL_BYTES / GIB
 
 
 def plan(

@@ -188,7 +188,8 @@ def cortex_measures(
     labels : (X, Y, Z) integer ndarray
         FreeSurfer numbers.
     affine : (4, 4) ndarray
-        Voxel to world, mm. Grids finer than 0.3 mm are thinned (see `thinning`).
+        Voxel to world, mm. Grids of 0.3 mm and finer are thinned (see
+        `thinning`).
 
     Returns
     -------

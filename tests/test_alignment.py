@@ -159,10 +159,9 @@ def test_a_place_is_searched_until_it_is_found_twice(monkeypatch, ends, found, a
     def likeness(matrix: np.ndarray) -> float:
         return -abs(matrix[0, 3] - 20)
 
-    monkeypatch.setattr(alignment_search, 'Similarity', lambda *_, **__: likeness)
     monkeypatch.setattr(alignment_search, '_far_apart', lambda starts, _: starts[:3])
     monkeypatch.setattr(alignment_search, 'climb', lambda *_, **__: next(climbs))
-    matrix, distance = alignment_search.search(head, head, None, likeness, seed=0)
+    matrix, distance = alignment_search.search(head, head, likeness, likeness)
     assert (matrix[0, 3], distance) == (found, pytest.approx(apart))
     assert not list(climbs)
 

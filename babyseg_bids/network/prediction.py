@@ -193,12 +193,12 @@ def _predict(
         if len(small) > 1:
             result = _coarse(small, network, view, limit)
             logits = _logits(result, view, model)
-            coarse = _softmax(logits, model)
         results = {view: result}
         if both_sides:
             mirrored = _BACK_MIRRORED if view == _BACK else _AHEAD_MIRRORED
             results[mirrored] = _coarse(small, network, mirrored, limit)
             logits = torch.lerp(logits, _logits(results[mirrored], mirrored, model), 0.5)
+        if both_sides or len(small) > 1:
             coarse = _softmax(logits, model)
         remove_islands(coarse, spacing=spacing)
         near = _near_brain(coarse)

@@ -14,7 +14,7 @@ from babyseg_bids.resources import LIGHT_GB, MEMORY_SHARE, SESSION_GB, plan
 from babyseg_bids.settings import Settings
 from babyseg_bids.shares import deal
 
-# One session of two 1 mm scans, from alignment to report, on `CPUS` processors: 23 to 24 s were
+# One session of two 1 mm scans, from alignment to report, on `CPUS` processors: 18 to 20 s were
 # measured on an idle machine.
 SESSION_SECONDS = 30.0
 CPUS = 2

@@ -2,7 +2,7 @@
 
 Each row is measured in a process of its own. Rows differ from the first, the reference, in one
 thing: two samples at once, the activations computed twice instead of kept (`--checkpointing`),
-bfloat16, three scans, or the refinement. Images are random numbers; drawing synthetic ones is
+bfloat16, or three scans. Images are random numbers; drawing synthetic ones is
 measured in `synthesis.py`.
 """
 
@@ -30,8 +30,6 @@ ROWS = {
     'bfloat16': {'bfloat16': True},
     'three scans': {'scans': 3},
     'three scans, checkpointing': {'scans': 3, 'checkpointing': True},
-    'with the refinement': {'fine': True},
-    'with the refinement, checkpointing': {'fine': True, 'checkpointing': True},
 }
 
 
@@ -40,17 +38,15 @@ def measure(
     *,
     batch: int = 1,
     scans: int = 1,
-    fine: bool = False,
     checkpointing: bool = False,
     bfloat16: bool = False,
 ) -> dict[str, float]:
     """Best seconds a sample of three steps, and what they added to the process's memory, GiB."""
     torch.set_num_threads(threads)
-    size = tuple(2 * n for n in SIZE) if fine else SIZE
-    stage = Stage(1.0 if fine else 2.0, size, 10, batch, fine)  # type: ignore[arg-type]
-    plan = TrainingPlan((stage,), checkpointing=checkpointing, bfloat16=bfloat16)
-    images = torch.rand(batch, scans, *size)
-    target = torch.randint(0, plan.network.labels, (batch, *size))
+    stages = (Stage(2.0, SIZE, 10, batch),)
+    plan = TrainingPlan(stages, checkpointing=checkpointing, bfloat16=bfloat16)
+    images = torch.rand(batch, scans, *SIZE)
+    target = torch.randint(0, plan.network.labels, (batch, *SIZE))
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(plan, Path(folder))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

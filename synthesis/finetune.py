@@ -124,8 +124,9 @@ def finetune(
     the adapted model, and the comparison on which to decide whether to keep it
     """
     config: NetworkConfig = model.network.config  # type: ignore[assignment]
-    size = tuple(int(n / model.spacing) // model.multiple * model.multiple for n in extent)
-    stage = Stage(model.spacing, size, steps, 1, fine=bool(config.fine))  # type: ignore[arg-type]
+    spacing = model.factor * model.spacing
+    size = tuple(int(n / spacing) // config.multiple * config.multiple for n in extent)
+    stage = Stage(spacing, size, steps, 1)  # type: ignore[arg-type]
     plan = TrainingPlan(
         (stage,),
         network=config,

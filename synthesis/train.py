@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from babyseg_bids.errors import InputError, UsageError
 from babyseg_bids.labels import label_table
-from babyseg_bids.network.layers import halve
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 from babyseg_bids.synthesis.gallery import picture, side_by_side
 from babyseg_bids.synthesis.generator import draw_sample
@@ -34,7 +33,6 @@ DEFAULT_NETWORK = NetworkConfig(
     decoder=(96, 96, 64, 16),
     head=(16,),
     attention=8,
-    fine=(16, 32),
 )
 # Hard Dice costs a twentieth of a step, so only some steps have it.
 _MEASURE_EVERY = 5
@@ -50,28 +48,23 @@ class Stage:
     spacing : voxel size, mm
     size : voxels, multiples of what the network asks for
     steps, batch : optimiser steps, and samples in each
-    fine : train the refinement too, which sees the images as they are and the U-Net halved;
-        else the U-Net alone sees them as they are
     """
 
     spacing: float
     size: tuple[int, int, int]
     steps: int
     batch: int
-    fine: bool = False
 
     @classmethod
     def parse(cls, text: str, /) -> 'Stage':
-        """Read `SPACING:XxYxZ:STEPS:BATCH[:fine]`, for example `2.0:64x80x64:1500:2`."""
+        """Read `SPACING:XxYxZ:STEPS:BATCH`, for example `2.0:64x80x64:1500:2`."""
         try:
-            spacing, size, steps, batch, *kind = text.split(':')
-            if kind not in ([], ['fine']):
-                raise ValueError(kind)
+            spacing, size, steps, batch = text.split(':')
             x, y, z = (int(n) for n in size.split('x'))
-            return cls(float(spacing), (x, y, z), int(steps), int(batch), bool(kind))
+            return cls(float(spacing), (x, y, z), int(steps), int(batch))
         except ValueError as e:
             raise UsageError(
-                f'{text!r} is not a training stage; write SPACING:XxYxZ:STEPS:BATCH[:fine], '
+                f'{text!r} is not a training stage; write SPACING:XxYxZ:STEPS:BATCH, '
                 'for example 2.0:64x80x64:1500:2.'
             ) from e
 
@@ -83,7 +76,6 @@ class TrainingPlan:
     Parameters
     ----------
     stages : in order
-    window : share of each axis that a fine stage computes its loss in
     bfloat16 : compute the network in bfloat16; weights and loss stay float32
     checkpointing : see `GroupUNet`
     rate : peak learning rate; it warms up, stays, and falls to zero over the last `decay` share
@@ -99,15 +91,12 @@ class TrainingPlan:
     decay: float = 0.35
     average: float = 0.998
     clip: float = 1.0
-    window: float = 0.5
     bfloat16: bool = False
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for stage in self.stages:
-            if stage.fine and not self.network.fine:
-                raise UsageError('A training stage is fine, but the network has no refinement.')
-            multiple = 2 ** (len(self.network.encoder) + stage.fine)
+            multiple = self.network.multiple
             if any(n % multiple for n in stage.size):
                 raise UsageError(
                     f'A training stage has the size {"x".join(map(str, stage.size))}; the network '
@@ -267,20 +256,9 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group['lr'] = rate
         images, target = images.to(self.device), target.to(self.device)
-        fine = self.plan.stages[self.plan.stage_at(self.step)].fine
         with torch.autocast(self.device.split(':')[0], torch.bfloat16, enabled=self.plan.bfloat16):
-            coarse = self.network.coarse(halve(images) if fine else images)
-            logits = coarse.logits
-            if fine:
-                child, window = self._child(), self._window(target.shape[1:])
-                whole = target[(..., *(slice(c, None, 2) for c in child))]
-                part = (..., *(slice(2 * w.start, 2 * w.stop) for w in window))
-                logits = self.network.refine(images[part], coarse.window(window))
-                target = target[part]
+            logits = self.network(images)
         loss = dice_cross_entropy(logits, target)
-        if fine:
-            # The window is a small part of what the U-Net has computed; all of it learns.
-            loss = loss + dice_cross_entropy(coarse.logits, whole)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self._share_gradients()
@@ -300,7 +278,7 @@ class Trainer:
         if self.world == 1:
             return
         parameters = list(self.network.parameters())
-        # A stage may leave part of the network without gradients, in all processes alike.
+        # Some parts may be without gradients (attention with one scan), in all processes alike.
         gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])
         distributed.all_reduce(flat)
@@ -308,28 +286,6 @@ class Trainer:
         parts = flat.split([g.numel() for g in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
-
-    def _generator(self) -> torch.Generator:
-        """For choices that the step alone decides."""
-        return torch.Generator().manual_seed(self.plan.seed * 1_000_003 + self.step)
-
-    def _child(self) -> list[int]:
-        """Which of the 2^3 voxels in each of the U-Net's gives the label.
-
-        A random one, so that the U-Net learns the shares of the labels, without an offset.
-        """
-        choice = torch.randint(2, (self.plan.network.dim,), generator=self._generator())
-        return [int(n) for n in choice]
-
-    def _window(self, size: Sequence[int], /) -> tuple[slice, ...]:
-        """A random part of a volume, in voxels of twice the size."""
-        generator = self._generator()
-        window = []
-        for n in size:
-            width = round(self.plan.window * (n // 2))
-            start = int(torch.randint(n // 2 - width + 1, (), generator=generator))
-            window.append(slice(start, start + width))
-        return tuple(window)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -398,9 +354,7 @@ def validate(trainer: Trainer, maps: Sequence[TrainingMap], /) -> float:
     for i, source in enumerate(maps):
         sample = draw_sample([source], seed=i, settings=settings)
         images = sample.images[None].to(trainer.device)
-        network = trainer.averaged
-        logits = network(images) if stage.fine else network.coarse(images).logits
-        labels = logits[0].argmax(0).cpu()
+        labels = trainer.averaged(images)[0].argmax(0).cpu()
         dice = hard_dice(labels, sample.target, classes=plan.network.labels)
         dices.append(float(dice[1:].nanmean()))
         shown.append(picture(replace(sample, images=sample.images[:1]), labels))

@@ -26,8 +26,7 @@ MALLOC = {
 DEFAULT_STAGES = (
     '4.0:32x48x32:2500:2',
     '3.0:48x48x48:1500:2',
-    '2.0:64x80x64:1500:2',
-    '1.0:128x160x128:1000:1:fine',
+    '2.0:64x80x64:8000:2',
 )
 _SETTINGS = 'preset of the synthesis, or TOML file (see `babyseg-synth settings`)'
 
@@ -58,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     fit.add_argument(
         '--stage',
         action='append',
-        metavar='SPACING:XxYxZ:STEPS:BATCH[:fine]',
+        metavar='SPACING:XxYxZ:STEPS:BATCH',
         help=f'one stage, repeatable, coarse to fine (default: {" ".join(DEFAULT_STAGES)})',
     )
     fit.add_argument(
@@ -152,7 +151,12 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument('folder', type=Path, help='folder of `fit`')
     export.add_argument('--out', type=Path, required=True, help='file to write (.safetensors)')
     export.add_argument('--name', default='default')
-    export.add_argument('--spacing', type=float, required=True, help='working voxel size, mm')
+    export.add_argument(
+        '--spacing',
+        type=float,
+        help='voxel size of the results, mm: that of the last stage or a whole part of it '
+        '(default: half of it)',
+    )
     return parser
 
 
@@ -319,6 +323,7 @@ def _calibrate(args: argparse.Namespace) -> None:
             version=model.version,
             spacing=model.spacing,
             training=model.training,
+            factor=model.factor,
             temperature=model.temperature,
         )
 
@@ -371,6 +376,7 @@ def _finetune(args: argparse.Namespace) -> None:
         version=f'{model.name} {model.version}, adapted',
         spacing=model.spacing,
         training={**model.training, 'finetuned_steps': args.steps},
+        factor=model.factor,
         temperature=model.temperature,
     )
     print(f'{args.out}: written; use it with --model {args.out}')
@@ -386,21 +392,23 @@ def _export(args: argparse.Namespace) -> None:
     if not checkpoint.exists():
         raise InputError(f'{checkpoint} does not exist; train with `babyseg-train fit` first.')
     state = torch.load(checkpoint, map_location='cpu', weights_only=True)
-    config = NetworkConfig(**state['network_config'])
-    weights = state['averaged']
-    if not any(stage.get('fine') for stage in state['stages']):
-        # A refinement that was never trained changes nothing but the voxel size.
-        config = replace(config, fine=())
-        weights = {k: v for k, v in weights.items() if not k.startswith('fine.')}
-    network = GroupUNet(config)
-    network.load_state_dict(weights)
+    network = GroupUNet(NetworkConfig(**state['network_config']))
+    network.load_state_dict(state['averaged'])
+    trained = state['stages'][-1]['spacing']
+    factor = 2 if args.spacing is None else round(trained / args.spacing)
+    if factor < 1 or (args.spacing and abs(factor * args.spacing - trained) > 1e-6):
+        raise UsageError(
+            f'--spacing {args.spacing:g} is no whole part of the {trained:g} mm that were trained '
+            f'at; give {trained:g} or {trained / 2:g}.'
+        )
     training = {'steps': state['step'], 'stages': state['stages']}
     save_model(
         args.out,
         network,
         name=args.name,
         version=__version__,
-        spacing=args.spacing,
+        spacing=trained / factor,
+        factor=factor,
         training=training,
     )
     print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB')

@@ -21,8 +21,9 @@ TINY = {'extent': (96, 96, 96), 'guards': ((6.0, 1),), 'companions': ((6.0, 2),)
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    config = NetworkConfig(labels=28, encoder=(4, 4), decoder=(4, 4), head=(4,), fine=(2, 4))
-    return Model('tiny', '0', GroupUNet(config).eval(), label_table(), 6.0, 8, {'steps': 1})
+    config = NetworkConfig(labels=28, encoder=(4, 4), decoder=(4, 4), head=(4,))
+    network = GroupUNet(config).eval()
+    return Model('tiny', '0', network, label_table(), 6.0, 8, {'steps': 1}, factor=2)
 
 
 @pytest.fixture

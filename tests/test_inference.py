@@ -20,7 +20,7 @@ from babyseg_bids.network.grid import (
 from babyseg_bids.network.intensity import normalise
 from babyseg_bids.network.prediction import predict, remove_islands
 from babyseg_bids.network.tissue import redistribute
-from babyseg_bids.network.unet import CoarseResult, GroupUNet, NetworkConfig
+from babyseg_bids.network.unet import GroupUNet, NetworkConfig, Output
 from babyseg_bids.network.weights import save_model
 
 CODES = [
@@ -29,15 +29,14 @@ CODES = [
 
 
 class Stand(torch.nn.Module):
-    """A network without a refinement whose `forward` gives the logits."""
+    """A network whose `forward` gives the logits."""
 
-    fine = None
     config = NetworkConfig(labels=28, encoder=(1,) * 4, decoder=(1,) * 4)
 
-    def coarse(self, x):
+    def output(self, x):
         logits = self(x)
         weights = torch.full((*x.shape[:2], 1, *x.shape[2:]), 1 / x.shape[1])
-        return CoarseResult(logits, logits, weights)
+        return Output(logits, weights)
 
 
 class SideNetwork(Stand):
@@ -269,9 +268,11 @@ def test_a_saved_model_loads_and_describes_itself(tmp_path):
     config = NetworkConfig(labels=28, encoder=(2,), decoder=(2,))
     path = tmp_path / 'tiny.safetensors'
     network = GroupUNet(config)
-    save_model(path, network, name='tiny', version='1', spacing=2.5, training={'steps': 3})
+    about = {'name': 'tiny', 'version': '1', 'spacing': 2.5, 'factor': 3}
+    save_model(path, network, **about, training={'steps': 3})
     model = load_model(path)
-    assert (model.name, model.spacing, model.multiple) == ('tiny', 2.5, 2)
+    assert {k: getattr(model, k) for k in about} == about
+    assert model.multiple == 6
     assert model.training == {'steps': 3}
     weight = network.enc[0][0].conv_b.weight
     torch.testing.assert_close(model.network.enc[0][0].conv_b.weight, weight, atol=1e-3, rtol=0)
@@ -349,40 +350,40 @@ def test_a_head_that_faces_backwards_is_noticed_and_keeps_its_own_sides(backward
 
 
 @pytest.fixture
-def refined():
-    """A small random model whose refinement does something."""
+def doubling():
+    """A small random model whose network works at 2 mm for results at 1 mm."""
     torch.manual_seed(0)
-    config = NetworkConfig(
-        labels=28, encoder=(4, 4), decoder=(4, 4), head=(4,), attention=4, fine=(2, 4, 4)
-    )
+    config = NetworkConfig(labels=28, encoder=(4, 4), decoder=(4, 4), head=(4,), attention=4)
     network = GroupUNet(config).eval().requires_grad_(False)
     for name, parameter in network.named_parameters():
-        if name.startswith(('fine.out', 'attention.score')):
+        if name.startswith('attention.score'):
             torch.nn.init.normal_(parameter)
-    return Model('refined', '0', network, label_table(), 1.0, 8, {})
+    return Model('doubling', '0', network, label_table(), 1.0, 8, {}, factor=2)
 
 
 @pytest.mark.parametrize('scans', [1, 3])
-def test_the_refinement_in_blocks_equals_the_whole(refined, scans, monkeypatch):
+def test_interpolation_in_blocks_equals_the_whole(doubling, scans, monkeypatch):
     x = torch.rand(scans, 48, 40, 56)
-    whole = predict(x, refined)
+    whole = predict(x, doubling)
     monkeypatch.setattr('babyseg_bids.network.prediction._BLOCK', 8000)
-    blocks = predict(x, refined)
+    blocks = predict(x, doubling)
     assert whole.box == blocks.box
     torch.testing.assert_close(whole.posteriors, blocks.posteriors, atol=1e-5, rtol=0)
-    one_pass = predict(x, refined, both_sides=False).posteriors
+    one_pass = predict(x, doubling, both_sides=False).posteriors
     with torch.inference_mode():
-        expected = refined.network(x[None])[0].softmax(0)[(slice(None), *blocks.box)].contiguous()
+        logits = doubling.network(torch.nn.functional.avg_pool3d(x[None], 2))
+        full = torch.nn.functional.interpolate(logits, scale_factor=2, mode='trilinear')[0]
+        expected = full.softmax(0)[(slice(None), *blocks.box)].contiguous()
         redistribute(expected, x[(slice(None), *blocks.box)], label_table(), spacing=1.0)
     torch.testing.assert_close(one_pass, expected, atol=1e-4, rtol=0)
 
 
 def test_blocks_cover_what_is_near_the_brain_once(monkeypatch):
-    monkeypatch.setattr(prediction, '_BLOCK', 20_000)
+    monkeypatch.setattr(prediction, '_SHORTEST', 8)
     near = torch.zeros(40, 52, 34, dtype=torch.bool)
     near[3:9, 2:50, 5:30] = near[20:38, 10:30, 1:33] = True
     done = torch.zeros(near.shape, dtype=torch.int)
-    for block in prediction._blocks(near, smallest=8):
+    for block in prediction._blocks(near, 2500):
         done[block] += 1
     assert (done[near] == 1).all() and done.max() == 1
     # Less than the box around both parts is computed.
@@ -393,20 +394,19 @@ class Bright(torch.nn.Module):
     """Calls bright voxels the brainstem, and remembers the sizes that it saw."""
 
     config = NetworkConfig(labels=28, encoder=(1,), decoder=(1,))
-    fine = None
 
     def __init__(self):
         super().__init__()
         self.sizes = []
         self.scans = []
 
-    def coarse(self, x):
+    def output(self, x):
         self.sizes.append(tuple(x.shape[2:]))
         self.scans.append(x.shape[1])
         logits = x.new_full((1, 28, *x.shape[2:]), -9.0)
         logits[:, 0] = 4.0
         logits[:, int(np.flatnonzero(label_table().indices == 16)[0])] = x.mean(1)
-        return CoarseResult(x.mean(1, keepdim=True), logits, torch.ones_like(x)[:, :, None])
+        return Output(logits, torch.ones_like(x)[:, :, None])
 
 
 def test_further_passes_see_the_brain_and_its_surroundings_only():
@@ -442,28 +442,28 @@ def test_without_a_brain_everything_is_looked_at_and_nothing_labelled():
     assert not result.channels((24, 20, 16)).any()
 
 
-def test_a_mirrored_head_gives_the_mirrored_result_with_a_refinement(refined):
+def test_a_mirrored_head_gives_the_mirrored_result_at_half_the_voxel_size(doubling):
     x = torch.rand(2, 32, 32, 32)
     mirror = torch.from_numpy(label_table().mirror_channels)
-    p, q = posteriors(x, refined), posteriors(x.flip(1), refined)
+    p, q = posteriors(x, doubling), posteriors(x.flip(1), doubling)
     torch.testing.assert_close(p, q.flip(1)[mirror], atol=1e-5, rtol=0)
 
 
-def test_scan_weights_follow_their_scans(refined):
+def test_scan_weights_follow_their_scans(doubling):
     image, affine = phantom()
     rng = np.random.default_rng(0)
     scans = [(image + s * rng.random(image.shape, np.float32), affine) for s in (0, 50, 200)]
-    weights = segment(scans, refined, device='cpu').scan_weights
+    weights = segment(scans, doubling, device='cpu').scan_weights
     assert sum(weights) == pytest.approx(1)
     assert len(set(weights)) == 3
-    swapped = segment([scans[0], scans[2], scans[1]], refined, device='cpu').scan_weights
+    swapped = segment([scans[0], scans[2], scans[1]], doubling, device='cpu').scan_weights
     assert swapped == pytest.approx((weights[0], weights[2], weights[1]), abs=1e-6)
 
 
-def test_the_temperature_softens_the_posteriors(refined):
+def test_the_temperature_softens_the_posteriors(doubling):
     x = torch.rand(1, 32, 32, 32)
-    hot = replace(refined, temperature=4.0)
-    assert posteriors(x, hot).max(0).values.mean() < posteriors(x, refined).max(0).values.mean()
+    hot = replace(doubling, temperature=4.0)
+    assert posteriors(x, hot).max(0).values.mean() < posteriors(x, doubling).max(0).values.mean()
 
 
 def test_the_unet_in_blocks_where_memory_is_short(monkeypatch):
@@ -485,7 +485,7 @@ def test_the_unet_in_blocks_where_memory_is_short(monkeypatch):
     torch.testing.assert_close(posteriors(x, model), whole, atol=1e-5, rtol=0)
 
 
-def test_too_small_a_gpu_ends_on_the_cpu_and_says_so(refined, monkeypatch, caplog):
+def test_too_small_a_gpu_ends_on_the_cpu_and_says_so(doubling, monkeypatch, caplog):
     tried = []
     real = prediction._predict
 
@@ -497,7 +497,7 @@ def test_too_small_a_gpu_ends_on_the_cpu_and_says_so(refined, monkeypatch, caplo
 
     monkeypatch.setattr(prediction, '_predict', small)
     monkeypatch.setattr(prediction, 'free_memory', lambda _: 2.0)
-    result = predict(torch.rand(1, 16, 16, 16), refined, device='cuda:0')
+    result = predict(torch.rand(1, 16, 16, 16), doubling, device='cuda:0')
     assert tried == [('cuda:0', 2.0), ('cuda:0', 0.5), ('cpu', 2.0)]
     assert result.device == 'cpu'
     assert 'smaller blocks' in caplog.text and 'trying the CPU' in caplog.text

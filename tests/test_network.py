@@ -10,11 +10,8 @@ from babyseg_bids.network.layers import (
     GroupConv,
     InstanceNorm,
     concatenate,
-    depth_to_space,
     flat,
-    halve,
     max_pool,
-    space_to_depth,
     upsample,
 )
 from babyseg_bids.network.unet import (
@@ -114,7 +111,7 @@ def test_gradients_do_not_depend_on_the_memory_layout(batch, scans):
     [(1, 1, False), (1, 2, False), (2, 1, False), (2, 1, True), (2, 2, True)],
 )
 def test_layers_keep_the_channels_last_layout(batch, scans, learning):
-    config = NetworkConfig(28, (8, 16), (16, 8), (16,), attention=8, fine=(8, 16))
+    config = NetworkConfig(28, (8, 16), (16, 8), (16,), attention=8)
     network = GroupUNet(config).to(memory_format=torch.channels_last_3d)
     lost = []
 
@@ -189,41 +186,11 @@ def test_attention_follows_its_scans_and_sums_to_one():
     assert weights.std(1).min() > 1e-4
 
 
-@pytest.mark.parametrize('dim', [1, 2, 3])
-def test_blocks_of_voxels_become_channels_and_come_back(dim):
-    x = torch.rand(2, 3, *(8, 6, 4)[:dim])
-    channels = space_to_depth(x)
-    # The last axis runs fastest, and the channels of a voxel lie side by side.
-    assert torch.equal(
-        channels[:, :, 1], x[(..., *[slice(0, None, 2)] * (dim - 1), slice(1, None, 2))]
-    )
-    assert channels.stride(2) == 1
-    assert torch.equal(depth_to_space(channels, 1)[:, :, 0], x)
-
-
-def test_an_untrained_refinement_gives_the_upsampled_logits():
-    network = small(3, fine=(2, 4))
-    x = torch.rand(1, 2, 16, 16, 16)
-    coarse = network.coarse(torch.nn.functional.avg_pool3d(x, 2)).logits
-    torch.testing.assert_close(network(x), upsample(coarse[:, None])[:, 0])
-
-
-def test_a_window_of_the_refinement_equals_that_part_of_the_whole():
-    network = small(3, fine=(2, 4, 4))
-    torch.nn.init.normal_(network.fine.out.conv_b.weight)
-    x = torch.rand(1, 2, 32, 32, 32)
-    window = (slice(2, 14),) * 3
-    part = network.refine(x[..., 4:28, 4:28, 4:28], network.coarse(halve(x)).window(window))
-    margin = 2 * network.fine.margin
-    inner = (..., *(slice(margin, -margin),) * 3)
-    torch.testing.assert_close(part[inner], network(x)[..., 4:28, 4:28, 4:28][inner])
-
-
 def test_checkpointing_changes_no_gradient():
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(2)
-        network = small(3, attention=4, fine=(2, 4))
+        network = small(3, attention=4)
         network.checkpointing = checkpointing
         network(torch.rand(1, 2, 16, 16, 16)).square().sum().backward()
         gradients.append([p.grad for p in network.parameters()])

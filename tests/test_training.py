@@ -58,7 +58,6 @@ def test_hard_dice_counts_overlap():
 
 def test_stages_are_read_and_wrong_ones_named():
     assert Stage.parse('2.0:64x80x64:10:2') == Stage(2.0, (64, 80, 64), 10, 2)
-    assert Stage.parse('1.0:64x80x64:10:2:fine').fine
     with pytest.raises(UsageError, match='coarse'):
         Stage.parse('1.0:64x80x64:10:2:coarse')
     with pytest.raises(UsageError, match=r'2\.0:64:10'):
@@ -70,32 +69,6 @@ def test_default_stages_fit_the_network_and_others_are_refused():
     assert TrainingPlan(stages).steps == sum(s.steps for s in stages)
     with pytest.raises(UsageError, match='40x48x40; the network needs multiples of 16'):
         TrainingPlan((Stage(4.0, (40, 48, 40), 1, 1),))
-
-
-def test_a_fine_stage_trains_the_refinement_and_needs_one(tmp_path):
-    stage = Stage(4.0, (16, 24, 16), 2, 1, fine=True)
-    with pytest.raises(UsageError, match='no refinement'):
-        TrainingPlan((stage,), network=NETWORK)
-    plan = TrainingPlan((stage,), network=replace(NETWORK, fine=(2, 4)), warmup=1)
-    trainer = Trainer(plan, tmp_path)
-    before = {k: v.clone() for k, v in trainer.network.state_dict().items()}
-    trainer.run([phantom(3)], workers=0)
-    changed = {k for k, v in trainer.network.state_dict().items() if not torch.equal(v, before[k])}
-    assert any(k.startswith('fine.scan') for k in changed)
-    assert any(k.startswith('enc.0') for k in changed)
-
-
-def test_a_fine_stage_trains_what_the_window_does_not_see(tmp_path):
-    stage = Stage(4.0, (16, 24, 16), 2, 1, fine=True)
-    # A refinement of nothing leaves the loss of the U-Net alone.
-    plan = TrainingPlan((stage,), network=replace(NETWORK, fine=(2, 4)), warmup=1, window=0.25)
-    trainer = Trainer(plan, tmp_path)
-    images, target = SyntheticBatches([phantom(3)], plan, 0, 1)[0]
-    seen = []
-    trainer.network.add[-1].register_full_backward_hook(lambda *a: seen.append(a[2][0]))
-    trainer.train_step(images, target)
-    reached = [float((g != 0).float().mean()) for g in seen]
-    assert max(reached) > 0.99
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one():
@@ -135,7 +108,7 @@ def test_weight_decay_spares_vectors():
 
 def test_a_training_may_start_from_a_model_that_lacks_layers(tmp_path):
     first = Trainer(PLAN, tmp_path / 'a')
-    plan = replace(PLAN, network=replace(NETWORK, attention=4, fine=(2, 4)))
+    plan = replace(PLAN, network=replace(NETWORK, attention=4))
     second = Trainer(plan, tmp_path / 'b')
     second.start_from(first.network.state_dict())
     for name, weight in first.network.state_dict().items():
@@ -271,4 +244,8 @@ def test_the_command_trains_and_exports_a_model_that_loads(tmp_path, monkeypatch
     out = tmp_path / 'model.safetensors'
     assert main(['export', str(run), '--out', str(out), '--name', 'x', '--spacing', '6']) == 0
     assert load_model(out).training['steps'] == 2
+    assert (load_model(out).spacing, load_model(out).factor) == (6, 1)
+    assert main(['export', str(run), '--out', str(out), '--name', 'x']) == 0
+    assert (load_model(out).spacing, load_model(out).factor) == (3, 2)
+    assert main(['export', str(run), '--out', str(out), '--spacing', '5']) == 2
     assert main(['export', str(tmp_path), '--out', str(out), '--spacing', '6']) == 1

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_MODULE: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-_MEAN_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _LINEAR = {1: 'linear', 2: 'bilinear', 3: 'trilinear'}
 
 
@@ -161,36 +160,10 @@ def max_pool(x: Tensor, /) -> Tensor:
     return grouped(_MAX_POOL[x.ndim - 3](flat(x), 2), x.shape[1])
 
 
-def halve(x: Tensor, /) -> Tensor:
-    """Halve scans (B, G, *size) along every spatial dimension by the mean of 2-wide blocks."""
-    return _MEAN_POOL[x.ndim - 2](x, 2)
-
-
 def upsample(x: Tensor, /) -> Tensor:
     """Double (B, G, C, *size) along every spatial dimension, (bi-/tri-)linearly."""
     y = F.interpolate(flat(x), scale_factor=2, mode=_LINEAR[x.ndim - 3], align_corners=False)
     return grouped(y, x.shape[1])
-
-
-def space_to_depth(x: Tensor, /) -> Tensor:
-    """Scans (B, G, *size) as (B, G, 2^dim, *size / 2): each 2-wide block becomes channels."""
-    dim = x.ndim - 2
-    for axis in range(2, 2 + 2 * dim, 2):
-        x = x.unflatten(axis, (-1, 2))
-    # In memory the channels of a voxel lie side by side.
-    blocks = x.permute(0, 1, *range(2, 2 + 2 * dim, 2), *range(3, 3 + 2 * dim, 2))
-    return blocks.flatten(-dim).movedim(-1, 2)
-
-
-def depth_to_space(x: Tensor, channels: int, /) -> Tensor:
-    """(B, G, 2^dim * channels, *size) as (B, G, channels, *2 * size), undoing `space_to_depth`."""
-    dim = x.ndim - 3
-    blocks = x.movedim(2, -1).unflatten(-1, (*[2] * dim, channels))
-    order = [axis for i in range(dim) for axis in (2 + i, 2 + dim + i)]
-    blocks = blocks.permute(0, 1, *order, 2 + 2 * dim)
-    for axis in range(2, 2 + dim):
-        blocks = blocks.flatten(axis, axis + 1)
-    return blocks.movedim(-1, 2)
 
 
 def concatenate(*tensors: Tensor) -> Tensor:

@@ -11,17 +11,8 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from babyseg_bids.network.layers import (
-    concatenate,
-    convolve,
-    depth_to_space,
-    flat,
-    grouped,
-    halve,
-    upsample,
-)
 from babyseg_bids.network.tissue import redistribute
-from babyseg_bids.network.unet import CoarseResult, GroupUNet, Refinement
+from babyseg_bids.network.unet import GroupUNet, Output
 from babyseg_bids.network.weights import Model
 from babyseg_bids.resources import GIB, memory_limit
 
@@ -29,7 +20,7 @@ _LOG = logging.getLogger(__name__)
 
 Box = tuple[slice, slice, slice]
 
-# What is background by more than this is left out of the refinement, unless it is within so many
+# What is background by more than this is left out of the result, unless it is within so many
 # voxels of the U-Net's grid of what is not; so is what is farther than `_FAR` from likely brain,
 # such as a skull that the network is not sure about.
 _SURE = 0.9
@@ -52,9 +43,10 @@ _MEMORY_SHARE = 0.5
 # Blocks of the U-Net, where memory is short: smallest side and overlap, voxels of its grid.
 _SMALLEST = 64
 _OVERLAP = 32
-# The refinement runs on so many voxels at once: small blocks stay in the cache and leave out more
-# of the background, but their margins cost more.
+# Logits are interpolated for so many voxels at once, and for no fewer than so many of the U-Net's
+# along an axis: small blocks stay in the cache and leave out more of the background.
 _BLOCK = 300_000
+_SHORTEST = 12
 
 
 @dataclass(frozen=True)
@@ -96,13 +88,6 @@ class _View:
     def turn(self, x: Tensor) -> Tensor:
         """Flip the last three axes of anything, there or back."""
         return x.flip([a - 3 for a in self.flips]) if self.flips else x
-
-    def turn_box(self, box: Box, size: Sequence[int]) -> Box:
-        """Where a box of a volume lies in the flipped volume."""
-        return tuple(  # type: ignore[return-value]
-            slice(n - s.stop, n - s.start) if a in self.flips else s
-            for a, (s, n) in enumerate(zip(box, size, strict=True))
-        )
 
 
 _AHEAD, _AHEAD_MIRRORED = _View(()), _View((0,))
@@ -166,54 +151,55 @@ def _predict(
     network = model.network.to(device, memory_format=torch.channels_last_3d)
     scans = scans.to(device)
     with autocast(device):
-        small = halve(scans[None])[0] if network.fine else scans
+        factor = model.factor
+        small = F.avg_pool3d(scans[None], factor)[0] if factor > 1 else scans
         limit = int(_MEMORY_SHARE * room * GIB / _bytes_a_voxel(model, len(scans)))
-        spacing = model.spacing * (2 if network.fine else 1)
+        spacing = factor * model.spacing
         view = _AHEAD
         # One scan is enough to find the head and its direction: the last, which shows most of it
         # in the order that `inference` gives.
-        result = _coarse(small[-1:], network, view, limit)
+        result = _output(small[-1:], network, view, limit)
         logits = _logits(result, view, model)
         coarse = _softmax(logits, model)
         remove_islands(coarse, spacing=spacing)
         part = _part_with_brain(coarse, network)
+        scans = scans[(slice(None), *_scaled(part, factor))]
         # Copies, so that the memory of the whole volume is given back.
-        small, result = small[(slice(None), *part)], result.window(part).copy()
+        small, weights = small[(slice(None), *part)], result.weights[(..., *part)].clone()
         logits, coarse = (x[(slice(None), *part)].clone() for x in (logits, coarse))
-        if network.fine:
-            scans = scans[(slice(None), *_doubled(part))]
         if either_way:
-            back = _coarse(small[-1:], network, _BACK, limit)
+            back = _output(small[-1:], network, _BACK, limit)
             logits_back = _logits(back, _BACK, model)
             turned = _softmax(logits_back, model)
             gain = deep_fit(turned, small[-1:], model) - deep_fit(coarse, small[-1:], model)
             if gain > _TURN_MARGIN:
-                view, result, logits, coarse = _BACK, back, logits_back, turned
+                view, weights, logits, coarse = _BACK, back.weights, logits_back, turned
             del back, logits_back, turned
         if len(small) > 1:
-            result = _coarse(small, network, view, limit)
-            logits = _logits(result, view, model)
-        results = {view: result}
+            result = _output(small, network, view, limit)
+            weights, logits = result.weights, _logits(result, view, model)
+        seen = {view: weights}
         if both_sides:
             mirrored = _BACK_MIRRORED if view == _BACK else _AHEAD_MIRRORED
-            results[mirrored] = _coarse(small, network, mirrored, limit)
-            logits = torch.lerp(logits, _logits(results[mirrored], mirrored, model), 0.5)
+            result = _output(small, network, mirrored, limit)
+            seen[mirrored] = result.weights
+            logits = torch.lerp(logits, _logits(result, mirrored, model), 0.5)
         if both_sides or len(small) > 1:
             coarse = _softmax(logits, model)
+        del result
         remove_islands(coarse, spacing=spacing)
         near = _near_brain(coarse)
         box = _box(near)
-        weights = _scan_weights(results, coarse)
-        if network.fine:
+        shares = _scan_weights(seen, coarse)
+        if factor > 1:
             del coarse
-            posteriors = _refine(scans, results, logits, near, model)
-            box = _doubled(box)
+            posteriors = _interpolated(logits, near, model)
+            box, part = _scaled(box, factor), _scaled(part, factor)
         else:
             posteriors = coarse[(slice(None), *box)].contiguous()
     # In full precision, since variances are small differences.
     redistribute(posteriors, scans[(slice(None), *box)], model.labels, spacing=model.spacing)
-    box = _shifted(box, _doubled(part) if network.fine else part)
-    return Prediction(posteriors, box, weights, turned=view == _BACK, device=device)
+    return Prediction(posteriors, _shifted(box, part), shares, turned=view == _BACK, device=device)
 
 
 def autocast(device: str) -> torch.autocast:
@@ -235,25 +221,25 @@ def _bytes_a_voxel(model: Model, scans: int) -> int:
     return 4 * width  # type: ignore[no-any-return]
 
 
-def _coarse(scans: Tensor, network: GroupUNet, view: _View, limit: int) -> CoarseResult:
+def _output(scans: Tensor, network: GroupUNet, view: _View, limit: int) -> Output:
     """The U-Net's result on a view, in blocks if the volume has more voxels than `limit`."""
     x = view.turn(scans)[None]
     size = x.shape[2:]
     multiple = 2 ** len(network.config.encoder)
     blocks = list(_overlapping(size, limit, multiple))
     if len(blocks) == 1:
-        return network.coarse(x)
+        return network.output(x)
     total: list[Tensor] = []
     weight = torch.zeros(size, device=x.device)
     for block in blocks:
-        part = network.coarse(x[(..., *block)])
+        part = network.output(x[(..., *block)])
         ramp = _ramp(block, size).to(x.device)
         weight[block] += ramp
-        for i, values in enumerate((part.features, part.logits, part.weights)):
+        for i, values in enumerate((part.logits, part.weights)):
             if len(total) <= i:
                 total.append(values.new_zeros((*values.shape[:-3], *size)))
             total[i][(..., *block)] += values * ramp
-    return CoarseResult(*(t.div_(weight) for t in total))
+    return Output(*(t.div_(weight) for t in total))
 
 
 def _overlapping(size: Sequence[int], limit: int, multiple: int) -> Iterator[Box]:
@@ -286,16 +272,11 @@ def _ramp(block: Box, size: Sequence[int]) -> Tensor:
     return ramp
 
 
-def _logits(result: CoarseResult, view: _View, model: Model) -> Tensor:
+def _logits(result: Output, view: _View, model: Model) -> Tensor:
     """(C, *size) in the scans' own axes and sides."""
     logits = view.turn(result.logits[0])
-    order = _order(view, model, logits.device)
-    return logits if order is None else logits[order]
-
-
-def _order(view: _View, model: Model, device: torch.device) -> Tensor | None:
-    """The channel that each label has in a view: in a mirrored one, its partner's."""
-    return torch.from_numpy(model.labels.mirror_channels).to(device) if view.mirrored else None
+    # In a mirrored view each label has the channel of its partner.
+    return logits[model.labels.mirror_channels] if view.mirrored else logits
 
 
 def _softmax(logits: Tensor, model: Model) -> Tensor:
@@ -308,12 +289,12 @@ def _softmax(logits: Tensor, model: Model) -> Tensor:
     return channels.softmax(0).unflatten(1, logits.shape[1:])
 
 
-def _scan_weights(results: dict[_View, CoarseResult], posteriors: Tensor) -> Tensor:
-    """Mean weight of each scan (G,) over the brain."""
+def _scan_weights(seen: dict[_View, Tensor], posteriors: Tensor) -> Tensor:
+    """Mean weight of each scan (G,) over the brain, from those in each view (1, G, 1, *size)."""
     brain = 1 - posteriors[0]
     total = sum(
-        (view.turn(r.weights[0, :, 0].float()) * brain).sum((1, 2, 3), dtype=torch.float64)
-        for view, r in results.items()
+        (view.turn(weights[0, :, 0].float()) * brain).sum((1, 2, 3), dtype=torch.float64)
+        for view, weights in seen.items()
     )
     assert isinstance(total, Tensor)
     whole = total.sum()
@@ -370,42 +351,31 @@ def _shifted(box: Box, part: Box) -> Box:
     )
 
 
-def _doubled(box: Box) -> Box:
-    return tuple(slice(2 * s.start, 2 * s.stop) for s in box)  # type: ignore[return-value]
+def _scaled(box: Box, factor: int) -> Box:
+    """The same box of a grid of so many times smaller voxels."""
+    return tuple(slice(factor * s.start, factor * s.stop) for s in box)  # type: ignore[return-value]
 
 
-def _refine(
-    scans: Tensor,
-    results: dict[_View, CoarseResult],
-    logits: Tensor,
-    near: Tensor,
-    model: Model,
-) -> Tensor:
-    """Posteriors (C, *box of `near` at full size), block by block.
+def _interpolated(logits: Tensor, near: Tensor, model: Model) -> Tensor:
+    """Posteriors (C, *box of `near`) on the working grid from the U-Net's logits (C, *size).
 
-    What the refinement adds to the U-Net's mean logits (C, *size) is the mean over the views.
+    Logits, not posteriors, are interpolated: borders stay sharp. Done block by block, since what
+    lies between the blocks costs nothing.
     """
-    box = _box(near)
-    fine: Refinement = model.network.fine  # type: ignore[assignment]
-    size = near.shape
-    out = _background(len(model.labels), [2 * (s.stop - s.start) for s in box], scans.device)
-    outputs = [fine.turned_output(v.flips, _order(v, model, scans.device)) for v in results]
-    weight = torch.cat([w for w, _ in outputs], 1) / len(outputs)
-    bias = torch.stack([b for _, b in outputs]).mean(0)
-    for inner in _blocks(near, smallest=4 * fine.margin):
-        outer = _wider(inner, size, fine.margin)
-        mixed = []
-        for view, result in results.items():
-            x = view.turn(scans[(slice(None), *_doubled(outer))])
-            part = view.turn(fine.mixed(x[None], result.window(view.turn_box(outer, size))))
-            mixed.append(part[(..., *_within(inner, outer))])
-        new = convolve(flat(concatenate(*mixed)), weight, bias)
+    box, factor = _box(near), model.factor
+    size = [factor * (s.stop - s.start) for s in box]
+    out = _background(len(logits), size, logits.device)
+    for inner in _blocks(near, _BLOCK // factor**3):
         # Linear interpolation looks at one voxel on each side.
-        around = _wider(inner, size, 1)
-        known = upsample(logits[(None, None, slice(None), *around)])
-        known = known[(..., *_doubled(_within(inner, around)))]
-        total = depth_to_space(grouped(new, 1), len(out)).float().add_(known)
-        out[(slice(None), *_doubled(_within(inner, box)))] = _softmax(total[0, 0], model)
+        around = _wider(inner, near.shape, 1)
+        known = F.interpolate(
+            logits[(None, slice(None), *around)],
+            scale_factor=factor,
+            mode='trilinear',
+            align_corners=False,
+        )
+        known = known[(0, slice(None), *_scaled(_within(inner, around), factor))]
+        out[(slice(None), *_scaled(_within(inner, box), factor))] = _softmax(known, model)
     return out
 
 
@@ -435,11 +405,8 @@ def _wider(box: Box, size: Sequence[int], margin: int) -> Box:
     )
 
 
-def _blocks(near: Tensor, *, smallest: int) -> Iterator[Box]:
-    """Blocks that cover a mask of the U-Net's grid.
-
-    Each is as small as the mask allows, since what lies between them costs nothing.
-    """
+def _blocks(near: Tensor, most: int) -> Iterator[Box]:
+    """Blocks of at most so many voxels, as small as a mask (*size) that they cover allows."""
     waiting = [tuple(slice(0, n) for n in near.shape)]
     while waiting:
         whole = waiting.pop()
@@ -448,7 +415,7 @@ def _blocks(near: Tensor, *, smallest: int) -> Iterator[Box]:
         box = _shifted(_box(near[whole]), whole)  # type: ignore[arg-type]
         lengths = [s.stop - s.start for s in box]
         longest = max(range(3), key=lengths.__getitem__)
-        if 8 * lengths[0] * lengths[1] * lengths[2] > _BLOCK and lengths[longest] > smallest:
+        if lengths[0] * lengths[1] * lengths[2] > most and lengths[longest] > _SHORTEST:
             middle = box[longest].start + lengths[longest] // 2
             for half in (slice(middle, box[longest].stop), slice(box[longest].start, middle)):
                 waiting.append((*box[:longest], half, *box[longest + 1 :]))

@@ -1,11 +1,10 @@
 """The group-convolution U-Net: any number of scans of one child in, label logits out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,11 +15,8 @@ from babyseg_bids.network.layers import (
     InstanceNorm,
     ScanAttention,
     concatenate,
-    depth_to_space,
-    halve,
     max_pool,
     single_channel,
-    space_to_depth,
     total_over_scans,
     upsample,
 )
@@ -41,8 +37,6 @@ class NetworkConfig:
     dim : spatial dimensions
     norm : instance normalisation after each convolution but the last
     attention : hidden channels of the scans' learned weights; 0 for their plain mean
-    fine : channels of the `Refinement` that doubles the resolution: those of each scan, then those
-        of the layers after the merging; empty for none
     """
 
     labels: int
@@ -53,10 +47,9 @@ class NetworkConfig:
     dim: int = 3
     norm: bool = True
     attention: int = 0
-    fine: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ('encoder', 'decoder', 'head', 'fine'):  # JSON gives lists.
+        for name in ('encoder', 'decoder', 'head'):  # JSON gives lists.
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.encoder) != len(self.decoder):
             raise ModelError(
@@ -67,7 +60,7 @@ class NetworkConfig:
     @property
     def multiple(self) -> int:
         """Input sizes must be multiples of this many voxels."""
-        return 2 ** (len(self.encoder) + bool(self.fine))
+        return 2 ** len(self.encoder)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary, the arguments of this class."""
@@ -85,98 +78,17 @@ def _level(config: NetworkConfig, inputs: int, outputs: int) -> nn.Sequential:
 
 
 @dataclass(frozen=True)
-class CoarseResult:
-    """What the U-Net knows before the refinement.
+class Output:
+    """What the U-Net knows of a child.
 
     Parameters
     ----------
-    features : (B, C, *size), the last before the logits
     logits : (B, labels, *size)
     weights : (B, G, 1, *size) of the scans; they sum to one over scans
     """
 
-    features: Tensor
     logits: Tensor
     weights: Tensor
-
-    def window(self, box: Sequence[slice], /) -> 'CoarseResult':
-        """The same of a part of the volume."""
-        part = (..., *box)
-        return CoarseResult(self.features[part], self.logits[part], self.weights[part])
-
-    def copy(self) -> 'CoarseResult':
-        """The same in memory of its own: what it was a window of can be given back."""
-        return CoarseResult(self.features.clone(), self.logits.clone(), self.weights.clone())
-
-
-class Refinement(nn.Module):
-    """Sharpens what the U-Net found with the scans at twice its resolution.
-
-    It computes on the U-Net's grid: the 2^dim voxels of the scan inside each voxel of that grid
-    are its input channels, and their logits its output channels (sub-pixel convolution, Shi et
-    al., CVPR 2016). Without normalisation over space it may run on parts of a volume.
-
-    Parameters
-    ----------
-    dim : number of spatial dimensions, 1 to 3
-    features : channels of the U-Net's last features
-    widths : channels of each scan, then of the layers after the merging
-    labels : channels of the result
-    """
-
-    def __init__(self, dim: int, features: int, widths: Sequence[int], labels: int) -> None:
-        super().__init__()
-        own, *rest = widths
-        self.labels = labels
-        self.scan = GroupConv(dim, 2**dim, own)
-        layers: list[nn.Module] = []
-        channels = features + own
-        for width in rest:
-            layers += [GroupConv(dim, channels, width), Activation()]
-            channels = width
-        self.mix = nn.Sequential(*layers)
-        # The refinement starts by changing nothing.
-        self.out = GroupConv(dim, channels, 2**dim * labels, kernel=1)
-        # How far the result depends on its neighbourhood, in voxels of the features.
-        self.margin = 1 + len(rest)
-        for parameter in self.out.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, x: Tensor, coarse: CoarseResult) -> Tensor:
-        """What to add to the logits, (B, 1, labels, *size).
-
-        Parameters
-        ----------
-        x : (B, G, *size)
-        coarse : of half that size
-        """
-        return depth_to_space(self.out.merged(self.mixed(x, coarse)), self.labels)
-
-    def mixed(self, x: Tensor, coarse: CoarseResult) -> Tensor:
-        """What `out` makes the additional logits of: (B, 1, C, *half the size)."""
-        own = F.elu(self.scan(space_to_depth(x)))
-        if own.shape[1] > 1:
-            own = total_over_scans(own, coarse.weights)[:, None]
-        result: Tensor = self.mix(concatenate(own, coarse.features.unsqueeze(1)))
-        return result
-
-    def turned_output(self, flips: Sequence[int], order: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weight and bias of `out` for a mixture that was flipped back.
-
-        Parameters
-        ----------
-        flips : spatial axes along which the scans were flipped
-        order : (labels,) channel that each label has in the flipped scans; None for its own
-        """
-        weight, bias = self.out.folded()
-        dim = weight.ndim - 2
-        turned = []
-        for values in (weight, bias):
-            values = values.unflatten(0, (*[2] * dim, self.labels)).flip(tuple(flips))
-            if order is not None:
-                values = values.index_select(dim, order)
-            turned.append(values.flatten(0, dim))
-        return turned[0], turned[1]
 
 
 class GroupUNet(nn.Module):
@@ -184,8 +96,8 @@ class GroupUNet(nn.Module):
 
     Encoder levels keep their output as skip connection and pool by 2. Decoder levels convolve,
     up-sample and concatenate `[skip, up-sampled]`. At full resolution the scans are merged, and
-    the head turns the result into logits. Without `norm`, `head`, `attention` and `fine` this is
-    the published network, with its parameter names.
+    the head turns the result into logits. Without `norm`, `head` and `attention` this is the
+    published network, with its parameter names.
 
     Parameters
     ----------
@@ -219,9 +131,6 @@ class GroupUNet(nn.Module):
         kernel = 1 if config.head else 3
         head.append(GroupConv(config.dim, channels, config.labels, kernel=kernel))
         self.add = nn.Sequential(*head)
-        self.fine = None
-        if config.fine:
-            self.fine = Refinement(config.dim, channels, config.fine, config.labels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, labels, *size) of scans (B, G, *size) with values in 0..1.
@@ -231,22 +140,13 @@ class GroupUNet(nn.Module):
         ModelError
             If a spatial size is not a multiple of what the U-Net pools.
         """
-        if self.fine is None:
-            return self.coarse(x).logits
-        return self.refine(x, self.coarse(halve(x)))
+        return self.output(x).logits
 
-    def coarse(self, x: Tensor) -> CoarseResult:
-        """Run the U-Net alone on scans (B, G, *size) of its own resolution.
-
-        Raises
-        ------
-        ModelError
-            If a spatial size is not a multiple of what the U-Net pools.
-        """
+    def output(self, x: Tensor) -> Output:
+        """The same with the scans' weights."""
         skip, x = self.levels(x)
         x, weights = self._merge(concatenate(skip, upsample(x)))
-        features = self.add[:-1](x)
-        return CoarseResult(features.squeeze(1), self.add[-1](features).squeeze(1), weights)
+        return Output(self.add(x).squeeze(1), weights)
 
     def levels(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """All but the last step up, of scans (B, G, *size).
@@ -271,18 +171,6 @@ class GroupUNet(nn.Module):
             x = upsample(self._run(level, x))
             x = concatenate(skips.pop(), x)
         return skips.pop(), self._run(self.dec[-1], x)
-
-    def refine(self, x: Tensor, coarse: CoarseResult) -> Tensor:
-        """Logits (B, labels, *size) of scans (B, G, *size) and what is known at half that size.
-
-        Every voxel depends on its neighbourhood alone, so that a volume may be done in parts;
-        `Refinement.margin` says how much the parts must overlap.
-        """
-        assert self.fine is not None
-        last: GroupConv = self.add[-1]  # type: ignore[assignment]
-        # Up-sampling and the last layer commute: it is cheaper to up-sample the few features.
-        known = upsample(coarse.features.unsqueeze(1))
-        return last.merged(known).add_(self.fine(x, coarse)).squeeze(1)
 
     def _run(self, level: nn.Module, x: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():

@@ -15,7 +15,7 @@ from babyseg_bids.labels import OFFICIAL, LabelTable, is_official, label_table, 
 from babyseg_bids.network.official import SPACING, read_official
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 
-_FORMAT = 'babyseg-1'
+_FORMAT = 'babyseg-2'
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,10 @@ class Model:
     name, version : as recorded in the weights file
     network : (B, G, *size) in 0..1 to logits (B, C, *size)
     labels : the table of its output channels
-    spacing : voxel size that it works at, mm
-    multiple : its input sizes are multiples of this
+    spacing : voxel size of the scans that it is given and of its posteriors, mm
+    multiple : sizes of those are multiples of this
     training : how it was trained
+    factor : how many times as wide the network's own voxels are
     temperature : that logits are divided by before the softmax, so that posteriors are calibrated
     official : whether it is the official network, whose scans are prepared in its own way
     """
@@ -41,6 +42,7 @@ class Model:
     spacing: float
     multiple: int
     training: dict[str, Any]
+    factor: int = 1
     temperature: float = 1.0
     official: bool = False
 
@@ -63,6 +65,7 @@ def save_model(
     version: str,
     spacing: float,
     training: dict[str, Any],
+    factor: int = 1,
     temperature: float = 1.0,
 ) -> None:
     """Write a network's weights as half-precision safetensors with its description."""
@@ -73,6 +76,7 @@ def save_model(
         'config': network.config.to_dict(),
         'labels': label_table().indices.tolist(),
         'spacing': spacing,
+        'factor': factor,
         'temperature': temperature,
         'training': training,
     }
@@ -111,12 +115,13 @@ def load_model(name: str | Path = 'default', /) -> Model:
         ) from e
     if description.get('format') != _FORMAT:
         raise ModelError(
-            f'{path} is not a babyseg model; give a .safetensors file that `babyseg-train export` '
-            'wrote, or the official checkpoint (.pt).'
+            f'{path} is not a babyseg model of this version; give a .safetensors file that '
+            '`babyseg-train export` wrote, or the official checkpoint (.pt).'
         )
     table = label_table()
     if description['labels'] != table.indices.tolist():
         raise ModelError(f'{path} was trained for another label table; use the matching version.')
+    factor = int(description['factor'])
     network = GroupUNet(NetworkConfig(**description['config']))
     try:
         network.load_state_dict(tensors)
@@ -128,8 +133,9 @@ def load_model(name: str | Path = 'default', /) -> Model:
         network=network.eval().requires_grad_(False),
         labels=table,
         spacing=float(description['spacing']),
-        multiple=network.config.multiple,
+        multiple=factor * network.config.multiple,
         training=description['training'],
+        factor=factor,
         temperature=float(description.get('temperature', 1)),
     )
 

@@ -1,8 +1,7 @@
 """What the parts of the shipped network are worth: Dice with and without each of them.
 
 The same synthetic scans of the held-out children are segmented by the model as it is, with the
-plain mean over scans instead of their learned weights, without the refinement (the U-Net's result
-up-sampled), and without the mirrored pass. Nothing is trained anew: this says what the model would
+plain mean over scans instead of their learned weights, and without the mirrored pass. Nothing is trained anew: this says what the model would
 lose, not what a network trained without the part would reach.
 """
 
@@ -21,13 +20,10 @@ from babyseg_bids.synthesis.settings import load_settings
 from babyseg_bids.synthesis.train import HELD_OUT
 
 
-def without(model: Model, part: str) -> Model:
-    """The model with one part switched off."""
+def without_attention(model: Model) -> Model:
+    """The model with equal weights of the scans."""
     network = deepcopy(model.network)
-    off = {'attention': 'attention.score', 'refinement': 'fine.out'}[part]
-    for name, parameter in network.named_parameters():
-        if name.startswith(off):
-            torch.nn.init.zeros_(parameter)
+    torch.nn.init.zeros_(network.attention.score.weight)
     return replace(model, network=network)
 
 
@@ -47,8 +43,7 @@ def main() -> None:
     model = load_model(args.model)
     variants = {
         'as it is': (model, True),
-        'plain mean over scans': (without(model, 'attention'), True),
-        'without refinement': (without(model, 'refinement'), True),
+        'plain mean over scans': (without_attention(model), True),
         'without the mirrored pass': (model, False),
     }
     rows = []

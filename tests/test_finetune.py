@@ -23,7 +23,7 @@ def model():
     torch.manual_seed(0)
     config = NetworkConfig(labels=28, encoder=(4, 4), decoder=(4, 4), head=(4,))
     network = GroupUNet(config).eval()
-    return Model('tiny', '0', network, label_table(), 6.0, 8, {'steps': 1}, factor=2)
+    return Model('tiny', '0', network, label_table(), 4.0, 8, {'steps': 1}, factor=2)
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """What the parts of the shipped network are worth: Dice with and without each of them.
 
 The same synthetic scans of the held-out children are segmented by the model as it is, with the
-plain mean over scans instead of their learned weights, and without the mirrored pass. Nothing is trained anew: this says what the model would
-lose, not what a network trained without the part would reach.
+plain mean over scans instead of their learned weights, and without the mirrored pass. Nothing is
+trained anew: this says what the model would lose, not what a network trained without the part
+would reach.
 """
 
 import argparse

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from babyseg_bids import BabySegPipeline
-from babyseg_bids.network.weights import Model, load_model, save_model
+from babyseg_bids.network.weights import Model, load_model, new_model, save_model
 from babyseg_bids.synthesis.evaluate import evaluate, held_out_cases, summarise
 from babyseg_bids.synthesis.maps import TrainingMap, load_maps
 from babyseg_bids.synthesis.settings import load_settings
@@ -34,14 +34,8 @@ def train(
     trainer = Trainer(plan, folder)
     trainer.run(maps, workers=1)
     path = folder / 'model.safetensors'
-    save_model(
-        path,
-        trainer.averaged,
-        name=name,
-        version='0',
-        spacing=SPACING,
-        training={'steps': steps, 'stages': []},
-    )
+    about = {'name': name, 'version': '0', 'spacing': SPACING, 'training': {'steps': steps}}
+    save_model(path, new_model(trainer.averaged, **about))
     return load_model(path)
 
 

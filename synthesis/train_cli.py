@@ -155,7 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
         '--spacing',
         type=float,
         help='voxel size of the results, mm: that of the last stage or a whole part of it '
-        '(default: half of it)',
+        '(default: the one nearest to 1 mm)',
     )
     return parser
 
@@ -316,16 +316,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     print(f'correlation of the two            {np.corrcoef(predicted, true)[0, 1]:.3f}')
     print(review_coverage(after).round(3).to_string(index=False))
     if args.out:
-        save_model(
-            args.out,
-            model.network,
-            name=model.name,
-            version=model.version,
-            spacing=model.spacing,
-            training=model.training,
-            factor=model.factor,
-            temperature=model.temperature,
-        )
+        save_model(args.out, model)
 
 
 def _finetune(args: argparse.Namespace) -> None:
@@ -369,16 +360,13 @@ def _finetune(args: argparse.Namespace) -> None:
             f'The adapted model lost more than {TOLERANCE} on the built-in validation brains and '
             'was not written; use fewer steps, a lower --rate, or check the corrections.'
         )
-    save_model(
-        args.out,
-        adapted.network,
+    adapted = replace(
+        adapted,
         name=args.name,
         version=f'{model.name} {model.version}, adapted',
-        spacing=model.spacing,
         training={**model.training, 'finetuned_steps': args.steps},
-        factor=model.factor,
-        temperature=model.temperature,
     )
+    save_model(args.out, adapted)
     print(f'{args.out}: written; use it with --model {args.out}')
 
 
@@ -386,7 +374,7 @@ def _export(args: argparse.Namespace) -> None:
     import torch
 
     from babyseg_bids.network.unet import GroupUNet, NetworkConfig
-    from babyseg_bids.network.weights import save_model
+    from babyseg_bids.network.weights import new_model, save_model
 
     checkpoint = args.folder / 'checkpoint.pt'
     if not checkpoint.exists():
@@ -395,22 +383,22 @@ def _export(args: argparse.Namespace) -> None:
     network = GroupUNet(NetworkConfig(**state['network_config']))
     network.load_state_dict(state['averaged'])
     trained = state['stages'][-1]['spacing']
-    factor = 2 if args.spacing is None else round(trained / args.spacing)
-    if factor < 1 or (args.spacing and abs(factor * args.spacing - trained) > 1e-6):
+    wanted = trained / max(1, round(trained)) if args.spacing is None else args.spacing
+    factor = round(trained / wanted) if wanted > 0 else 0
+    if factor < 1 or abs(factor * wanted - trained) > 1e-6:
         raise UsageError(
-            f'--spacing {args.spacing:g} is no whole part of the {trained:g} mm that were trained '
-            f'at; give {trained:g} or {trained / 2:g}.'
+            f'--spacing {wanted:g} is no whole part of the {trained:g} mm that were trained at; '
+            f'give {trained:g} or {trained / 2:g}.'
         )
-    training = {'steps': state['step'], 'stages': state['stages']}
-    save_model(
-        args.out,
+    model = new_model(
         network,
         name=args.name,
         version=__version__,
         spacing=trained / factor,
         factor=factor,
-        training=training,
+        training={'steps': state['step'], 'stages': state['stages']},
     )
+    save_model(args.out, model)
     print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB')
 
 

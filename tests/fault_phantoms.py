@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
-from babyseg_bids.network.weights import save_model
+from babyseg_bids.network.weights import new_model, save_model
 
 # Random per run: time stamps, durations and the names of runs.
 VOLATILE = (
@@ -64,7 +64,8 @@ def write_model(path: Path) -> Path:
     """A network of a few hundred weights for voxels of 6 mm."""
     torch.manual_seed(0)
     config = NetworkConfig(labels=28, encoder=(4, 4), decoder=(4, 4), head=(4,))
-    save_model(path, GroupUNet(config), name='tiny', version='0', spacing=6.0, training={})
+    about = {'name': 'tiny', 'version': '0', 'spacing': 6.0, 'training': {}}
+    save_model(path, new_model(GroupUNet(config), **about))
     return path
 
 

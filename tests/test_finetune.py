@@ -7,9 +7,8 @@ import torch
 from synthesis_phantoms import phantom
 
 from babyseg_bids.errors import InputError
-from babyseg_bids.labels import label_table
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
-from babyseg_bids.network.weights import Model, load_model, save_model
+from babyseg_bids.network.weights import load_model, new_model, save_model
 from babyseg_bids.synthesis import finetune as module
 from babyseg_bids.synthesis.atlas import load_atlas, sample_label_map
 from babyseg_bids.synthesis.finetune import Comparison, finetune, read_corrections, read_ranking
@@ -22,8 +21,8 @@ TINY = {'extent': (96, 96, 96), 'guards': ((6.0, 1),), 'companions': ((6.0, 2),)
 def model():
     torch.manual_seed(0)
     config = NetworkConfig(labels=28, encoder=(4, 4), decoder=(4, 4), head=(4,))
-    network = GroupUNet(config).eval()
-    return Model('tiny', '0', network, label_table(), 4.0, 8, {'steps': 1}, factor=2)
+    about = {'name': 'tiny', 'version': '0', 'training': {'steps': 1}}
+    return new_model(GroupUNet(config).eval(), spacing=4.0, factor=2, **about)
 
 
 @pytest.fixture
@@ -76,7 +75,7 @@ def test_the_command_writes_the_model_only_if_it_is_not_worse(
 
     monkeypatch.setattr(module, 'finetune', judged)
     start, out = tmp_path / 'start.safetensors', tmp_path / 'mine.safetensors'
-    save_model(start, model.network, name='tiny', version='0', spacing=6.0, training={})
+    save_model(start, model)
     threads = str(torch.get_num_threads())
     options = ['--steps', '2', '--threads', threads, '--model', str(start)]
     code = main(['finetune', '--corrections', str(corrections), '--out', str(out), *options])

@@ -21,7 +21,7 @@ from babyseg_bids.network.intensity import normalise
 from babyseg_bids.network.prediction import predict, remove_islands
 from babyseg_bids.network.tissue import redistribute
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig, Output
-from babyseg_bids.network.weights import save_model
+from babyseg_bids.network.weights import new_model, save_model
 
 CODES = [
     ''.join(c) for p in itertools.permutations(('LR', 'PA', 'IS')) for c in itertools.product(*p)
@@ -268,12 +268,12 @@ def test_a_saved_model_loads_and_describes_itself(tmp_path):
     config = NetworkConfig(labels=28, encoder=(2,), decoder=(2,))
     path = tmp_path / 'tiny.safetensors'
     network = GroupUNet(config)
-    about = {'name': 'tiny', 'version': '1', 'spacing': 2.5, 'factor': 3}
-    save_model(path, network, **about, training={'steps': 3})
+    about = {'name': 'tiny', 'version': '1', 'spacing': 2.5, 'factor': 3, 'temperature': 1.5}
+    about['training'] = {'steps': 3}
+    save_model(path, new_model(network, **about))
     model = load_model(path)
     assert {k: getattr(model, k) for k in about} == about
     assert model.multiple == 6
-    assert model.training == {'steps': 3}
     weight = network.enc[0][0].conv_b.weight
     torch.testing.assert_close(model.network.enc[0][0].conv_b.weight, weight, atol=1e-3, rtol=0)
 

@@ -85,14 +85,11 @@ def test_a_record_survives_json_and_draws_its_sample_again():
 
 
 def test_two_axes_of_a_map_with_three_are_a_slice():
-    flat = quiet(replace(SETTINGS_2D, size=(80, 80), spacing=1.0))
-    whole = quiet(replace(SETTINGS_3D, size=(80, 80, 81), spacing=1.0))
+    # Voxels lie on those of the map; between two of them rounding would decide.
+    flat = quiet(replace(SETTINGS_2D, size=(81, 81), spacing=1.0))
+    whole = quiet(replace(SETTINGS_3D, size=(81, 81, 81), spacing=1.0))
     a, b = (draw_sample([phantom(3, 91)], seed=0, settings=s) for s in (flat, whole))
-    # Where two labels are equally near, rounding decides, which differs between processors.
-    # A shift by half a voxel changes many times as many.
-    assert (a.target > 0).sum() > 3000
-    assert (a.target != b.target[:, :, 40]).sum() < 10
-    assert (a.target[1:] != b.target[:-1, :, 40]).sum() > 100
+    assert torch.equal(a.target, b.target[:, :, 40])
     with pytest.raises(UsageError, match='only 2 axes'):
         draw_sample([phantom()], seed=0, settings=SETTINGS_3D)
 

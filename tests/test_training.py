@@ -246,6 +246,7 @@ def test_the_command_trains_and_exports_a_model_that_loads(tmp_path, monkeypatch
     assert load_model(out).training['steps'] == 2
     assert (load_model(out).spacing, load_model(out).factor) == (6, 1)
     assert main(['export', str(run), '--out', str(out), '--name', 'x']) == 0
-    assert (load_model(out).spacing, load_model(out).factor) == (3, 2)
-    assert main(['export', str(run), '--out', str(out), '--spacing', '5']) == 2
+    assert (load_model(out).spacing, load_model(out).factor) == (1, 6)
+    for wrong in ('5', '12', '0', '-6'):
+        assert main(['export', str(run), '--out', str(out), '--spacing', wrong]) == 2
     assert main(['export', str(tmp_path), '--out', str(out), '--spacing', '6']) == 1

@@ -225,7 +225,7 @@ def _output(scans: Tensor, network: GroupUNet, view: _View, limit: int) -> Outpu
     """The U-Net's result on a view, in blocks if the volume has more voxels than `limit`."""
     x = view.turn(scans)[None]
     size = x.shape[2:]
-    multiple = 2 ** len(network.config.encoder)
+    multiple = network.config.multiple
     blocks = list(_overlapping(size, limit, multiple))
     if len(blocks) == 1:
         return network.output(x)
@@ -335,7 +335,7 @@ def _part_with_brain(posteriors: Tensor, network: GroupUNet) -> Box:
     near = _near_brain(posteriors)
     if not bool(near.any()):
         return tuple(slice(0, n) for n in size)  # type: ignore[return-value]
-    multiple = 2 ** len(network.config.encoder)
+    multiple = network.config.multiple
     part = []
     for s, n in zip(_box(near), size, strict=True):
         width = min(n, multiple * -(-(s.stop - s.start + 2 * _AROUND) // multiple))
@@ -359,8 +359,7 @@ def _scaled(box: Box, factor: int) -> Box:
 def _interpolated(logits: Tensor, near: Tensor, model: Model) -> Tensor:
     """Posteriors (C, *box of `near`) on the working grid from the U-Net's logits (C, *size).
 
-    Logits, not posteriors, are interpolated: borders stay sharp. Done block by block, since what
-    lies between the blocks costs nothing.
+    Done block by block, since what lies between the blocks costs nothing.
     """
     box, factor = _box(near), model.factor
     size = [factor * (s.stop - s.start) for s in box]

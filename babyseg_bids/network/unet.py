@@ -155,7 +155,7 @@ class GroupUNet(nn.Module):
         -------
         the first level's features (B, G, C, *size), and the last decoder level's, half that size
         """
-        multiple = 2 ** len(self.enc)
+        multiple = self.config.multiple
         if any(s % multiple for s in x.shape[2:]):
             raise ModelError(
                 f'The network needs sizes that are multiples of {multiple}, '

@@ -16,6 +16,8 @@ from babyseg_bids.network.official import SPACING, read_official
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 
 _FORMAT = 'babyseg-2'
+# What a file says of its model beside architecture and labels.
+_DESCRIBED = ('name', 'version', 'spacing', 'factor', 'temperature', 'training')
 
 
 @dataclass(frozen=True)
@@ -57,28 +59,20 @@ def shipped_models() -> dict[str, Path]:
     }
 
 
-def save_model(
-    path: Path,
-    network: GroupUNet,
-    *,
-    name: str,
-    version: str,
-    spacing: float,
-    training: dict[str, Any],
-    factor: int = 1,
-    temperature: float = 1.0,
-) -> None:
-    """Write a network's weights as half-precision safetensors with its description."""
+def new_model(network: GroupUNet, **about: Any) -> Model:
+    """A model of ours; `about` are further parameters of `Model`."""
+    multiple = about.get('factor', 1) * network.config.multiple
+    return Model(network=network, labels=label_table(), multiple=multiple, **about)
+
+
+def save_model(path: Path, model: Model, /) -> None:
+    """Write a model's weights as half-precision safetensors with its description."""
+    network: GroupUNet = model.network  # type: ignore[assignment]
     description = {
         'format': _FORMAT,
-        'name': name,
-        'version': version,
+        **{name: getattr(model, name) for name in _DESCRIBED},
         'config': network.config.to_dict(),
-        'labels': label_table().indices.tolist(),
-        'spacing': spacing,
-        'factor': factor,
-        'temperature': temperature,
-        'training': training,
+        'labels': model.labels.indices.tolist(),
     }
     tensors = {k: v.detach().half().contiguous() for k, v in network.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,26 +112,15 @@ def load_model(name: str | Path = 'default', /) -> Model:
             f'{path} is not a babyseg model of this version; give a .safetensors file that '
             '`babyseg-train export` wrote, or the official checkpoint (.pt).'
         )
-    table = label_table()
-    if description['labels'] != table.indices.tolist():
+    if description['labels'] != label_table().indices.tolist():
         raise ModelError(f'{path} was trained for another label table; use the matching version.')
-    factor = int(description['factor'])
     network = GroupUNet(NetworkConfig(**description['config']))
     try:
         network.load_state_dict(tensors)
     except RuntimeError as e:
         raise ModelError(f'The weights in {path} do not fit its own description: {e}') from e
-    return Model(
-        name=description['name'],
-        version=description['version'],
-        network=network.eval().requires_grad_(False),
-        labels=table,
-        spacing=float(description['spacing']),
-        multiple=factor * network.config.multiple,
-        training=description['training'],
-        factor=factor,
-        temperature=float(description.get('temperature', 1)),
-    )
+    network.eval().requires_grad_(False)
+    return new_model(network, **{name: description[name] for name in _DESCRIBED})
 
 
 def _official(path: Path) -> Model:

@@ -136,6 +136,8 @@ def _prepare(
 
 def _fixed_order(scans: Tensor) -> list[int]:
     """An order that makes the result independent of the order given, to the last bit."""
+    if len(scans) == 1:
+        return [0]
     keys = [(float(x.double().sum()), float(x.double().square().sum())) for x in scans]
     return sorted(range(len(keys)), key=keys.__getitem__)
 

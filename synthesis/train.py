@@ -29,9 +29,9 @@ from babyseg_bids.synthesis.settings import SynthesisSettings, load_settings
 HELD_OUT = ('03mo', '08mo', '24mo')
 DEFAULT_NETWORK = NetworkConfig(
     labels=len(label_table()),
-    encoder=(16, 32, 64, 96),
-    decoder=(96, 96, 64, 16),
-    head=(16,),
+    encoder=(16, 32, 64, 128),
+    decoder=(128, 128, 96, 32),
+    head=(32,),
     attention=8,
 )
 # Hard Dice costs a twentieth of a step, so only some steps have it.
@@ -88,7 +88,7 @@ class TrainingPlan:
     seed: int = 0
     rate: float = 3e-3
     warmup: int = 100
-    decay: float = 0.35
+    decay: float = 0.6
     average: float = 0.998
     clip: float = 1.0
     bfloat16: bool = False

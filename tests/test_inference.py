@@ -5,6 +5,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from babyseg_bids.errors import InputError, ModelError, UsageError
 from babyseg_bids.labels import label_table
@@ -199,6 +200,31 @@ def test_the_way_to_the_grid_and_back_recovers_a_smooth_image():
     assert reference_box(whole, grid, image.shape) == box
 
 
+@pytest.mark.parametrize('axes', ['RAS', 'SLP', 'PIR', 'AIL'])
+def test_a_scan_parallel_to_the_grid_is_resampled_as_any_other(axes):
+    """Against SciPy, with and without the blur, on a grid that reaches beyond the scan."""
+    image = np.random.default_rng(0).random((21, 24, 27)).astype(np.float32)
+    affine = nib.affines.from_matvec(np.diag([1.1, 0.9, 2.0]), [-10, 3, 7])
+    box = foreground_box(np.ones_like(image))
+    grid = working_grid(affine, box, spacing=1.5, multiple=8)
+    scan, scan_affine = reorient(image, affine, axes)
+    for antialias in (False, True):
+        found = onto_grid(
+            torch.from_numpy(scan.copy()), scan_affine, grid, antialias=antialias
+        )
+        where = np.linalg.inv(affine) @ grid.affine
+        sigmas = np.where((abs(where[:3, :3]).max(1) > 1) & antialias, 0.42, 0)
+        sigmas = sigmas * abs(where[:3, :3]).max(1)
+        smooth = ndimage.gaussian_filter(image, sigmas, mode='constant', truncate=8)
+        points = nib.affines.apply_affine(where, np.moveaxis(np.indices(grid.size), 0, -1))
+        padded = np.pad(smooth, 1)  # As zeros beyond the scan, with which its border mixes.
+        expected = ndimage.map_coordinates(
+            padded, np.moveaxis(points + 1, -1, 0), order=1, mode='constant'
+        )
+        # The blur ends at three deviations.
+        np.testing.assert_allclose(found.numpy(), expected, atol=5e-3 if antialias else 2e-5)
+
+
 @pytest.mark.parametrize('order', ['C', 'F'])
 def test_blocks_of_a_very_fine_scan_are_averaged_where_they_are(order):
     coarse = np.random.default_rng(0).random((5, 6, 7)).astype(np.float32)
@@ -241,27 +267,49 @@ def test_normalise_ignores_masked_background():
     assert y[0, 0, 0] == 0 and y.max() == 1
     assert y[5, 5, 5] == pytest.approx(50 / 150, abs=0.02)
     assert (normalise(torch.full((4, 4, 4), 3.0)) == 0).all()
+    mask = (x > 0).float()
+    assert (normalise(7 * mask) == mask).all()
     assert (normalise(torch.zeros(4, 4, 4)) == 0).all()
 
 
 def test_islands_go_to_the_background():
-    p = torch.zeros(3, 20, 20, 20)
-    p[0] = 1
+    background = torch.ones(20, 20, 20)
     for low, high in ((2, 12), (17, 18)):
-        p[:, low:high, low:high, low:high] = torch.tensor([0.0, 1, 0]).view(3, 1, 1, 1)
-    remove_islands(p, spacing=2.0)
-    assert p[0, 17, 17, 17] == 1 and p[1, 17, 17, 17] == 0
-    assert p[1].sum() == 1000
+        background[low:high, low:high, low:high] = 0
+    gone = remove_islands(background, spacing=2.0)
+    assert gone.nonzero().tolist() == [[17, 17, 17]]
+    assert (background == 0).sum() == 1000
 
 
 @pytest.mark.parametrize(('gap', 'width', 'kept'), [(3, 4, True), (8, 4, False), (8, 6, True)])
 def test_a_detached_piece_stays_when_it_is_near_or_large(gap, width, kept):
-    p = torch.zeros(2, 12, 12, 40)
-    p[0] = 1
+    background = torch.ones(12, 12, 40)
     for low, high in ((1, 11), (11 + gap, 11 + gap + width)):
-        p[:, 1:11, 1:11, low:high] = torch.tensor([0.0, 1]).view(2, 1, 1, 1)
-    remove_islands(p, spacing=2.0)
-    assert p[1].sum() == 100 * (10 + width * kept)
+        background[1:11, 1:11, low:high] = 0
+    gone = remove_islands(background, spacing=2.0)
+    assert gone.sum() == 100 * width * (not kept)
+    assert (background == 0).sum() == 100 * (10 + width * kept)
+
+
+@pytest.mark.parametrize('factor', [1, 2])
+def test_no_island_comes_back_in_the_result(factor):
+    class Bright(Stand):
+        """Everything bright is white matter, of either side."""
+
+        def forward(self, x):
+            logits = torch.full((1, 28, *x.shape[2:]), -20.0)
+            logits[:, 0] = 0
+            logits[:, [1, 16]] = 40 * x - 20
+            return logits
+
+    scan = torch.zeros(1, 48, 48, 48)
+    scan[:, 4:32, 4:32, 4:32] = 1
+    scan[:, 34:36, 4:8, 4:8] = 1  # Inside the box that the near brain has.
+    about = {'name': '', 'version': '', 'spacing': 1.0, 'training': {}}
+    model = new_model(Bright(), factor=factor, **about)
+    found = predict(scan, model).channels(scan.shape[1:])
+    assert not found[33:37].any()
+    assert found[6:30, 6:30, 6:30].all()
 
 
 def test_a_saved_model_loads_and_describes_itself(tmp_path):

@@ -10,6 +10,7 @@ from babyseg_bids.network.layers import (
     GroupConv,
     InstanceNorm,
     concatenate,
+    convolve_upsampled,
     flat,
     max_pool,
     upsample,
@@ -198,13 +199,23 @@ def test_checkpointing_changes_no_gradient():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(('dim', 'slab'), [(2, 64), (3, 1500)])
-def test_the_official_network_in_slabs_equals_the_whole(dim, slab, monkeypatch):
-    config = {'dim': dim, 'out': 5, 'enc': [1, 4], 'dec': [4, 4], 'add': [], 'rep': 2}
+@pytest.mark.parametrize(('dim', 'block'), [(2, 3), (3, 5), (3, 12)])
+@pytest.mark.parametrize('add', [[], [6]])
+def test_the_official_network_in_blocks_equals_the_whole(dim, block, add, monkeypatch):
+    config = {'dim': dim, 'out': 5, 'enc': [1, 4], 'dec': [4, 4], 'add': add, 'rep': 2}
     weights = GroupUNet(official_config(config)).state_dict()
     network = official_network(config, weights)
-    x = torch.rand(1, 3, *[24] * dim)
+    x = torch.rand(2, 3, *[24] * dim)
     whole = network(x)
-    monkeypatch.setattr('babyseg_bids.network.unet._SLAB', slab)
+    monkeypatch.setattr('babyseg_bids.network.unet._BLOCK', block)
     with torch.no_grad():
         torch.testing.assert_close(network(x), whole)
+
+
+@pytest.mark.parametrize('size', [(1,), (7,), (5, 1), (4, 6), (3, 4, 5)])
+def test_a_convolution_of_what_is_upsampled_follows_its_definition(size):
+    x = torch.randn(2, 6, *size, dtype=torch.float64)
+    weight = torch.randn(4, 6, *[3] * len(size), dtype=torch.float64)
+    convolution = (torch.conv1d, torch.conv2d, torch.conv3d)[len(size) - 1]
+    expected = convolution(upsample(x[:, None])[:, 0], weight, padding=1)
+    torch.testing.assert_close(convolve_upsampled(x, weight), expected)

@@ -22,6 +22,8 @@ _BORDER = 8.0
 _ANTIALIAS = 0.42
 # Voxels are averaged as long as a grid step still covers this many of the averages.
 _STEP_COVERS = 1.5
+# Grids whose axes leave a scan's by less than this over their length, voxels, count as parallel.
+_PARALLEL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,20 @@ def onto_grid(
     box = _needed(x.shape, from_grid, grid.size, margin=np.ceil(3 * sigmas) + 1)
     if any(s.start >= s.stop for s in box):
         return torch.zeros(grid.size, device=x.device)
-    x = blur(x[box], sigmas.tolist())
+    x = x[box]
+    grid_axes = _parallel(from_grid, grid.size)
+    if grid_axes is not None:
+        # Blur and interpolation are one product along each axis.
+        x = x.permute(grid_axes)
+        for along, axis in enumerate(grid_axes):
+            index = torch.arange(grid.size[along], dtype=torch.float64)
+            index = from_grid[axis, along] * index + from_grid[axis, 3] - box[axis].start
+            matrix = _interpolation(index, x.shape[along])
+            if sigmas[axis]:
+                matrix = matrix @ _gaussian(x.shape[along], sigmas[axis])
+            x = along_axis(matrix.to(x), x, along)
+        return x.contiguous()
+    x = blur(x, sigmas.tolist())
     # grid_sample wants coordinates from -1 to 1 at the outer faces, last axis first.
     to_unit = torch.from_numpy(from_grid[:3])
     for axis in range(3):
@@ -171,6 +186,31 @@ def onto_grid(
         + to_unit[:, 3]
     )
     return F.grid_sample(x[None, None], where.flip(-1)[None], align_corners=False)[0, 0]
+
+
+def _parallel(from_grid: np.ndarray, size: Sequence[int], /) -> list[int] | None:
+    """The scan axis that each axis of a grid runs along; None if a scan is turned against it."""
+    turns = np.abs(from_grid[:3, :3])
+    axes = turns.argmax(0).tolist()
+    across = turns.copy()
+    across[axes, range(3)] = 0
+    # Scan voxels by which the grid leaves its axes from one end to the other.
+    if len(set(axes)) < 3 or (across @ np.array(size)).max() > _PARALLEL:
+        return None
+    return axes
+
+
+def _interpolation(index: Tensor, n: int, /) -> Tensor:
+    """Matrix (len(index), n) of linear interpolation at positions among n values; zero beyond."""
+    # Each row holds the two weights of one voxel; a dense product beats gathering.
+    return (1 - (index[:, None] - torch.arange(n)).abs()).clamp_min(0)
+
+
+def _gaussian(n: int, sigma: float, /) -> Tensor:
+    """Matrix (n, n) of a blur with a deviation in voxels; zero beyond the ends."""
+    index = torch.arange(n, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * ((index[:, None] - index) / sigma) ** 2)
+    return kernel / (sigma * np.sqrt(2 * np.pi))
 
 
 def _needed(
@@ -190,9 +230,7 @@ def blur(x: Tensor, sigmas: Sequence[float], /) -> Tensor:
         if not sigma:
             continue
         # A product with a band matrix is far faster than torch's single-channel convolutions.
-        index = torch.arange(x.shape[axis - 3], device=x.device, dtype=x.dtype)
-        kernel = torch.exp(-0.5 * ((index[:, None] - index) / sigma) ** 2)
-        x = along_axis(kernel / (sigma * np.sqrt(2 * np.pi)), x, axis)
+        x = along_axis(_gaussian(x.shape[axis - 3], sigma).to(x), x, axis)
     return x
 
 
@@ -227,9 +265,7 @@ def from_grid(x: Tensor, grid: WorkingGrid, box: Sequence[slice], /) -> Tensor:
         index = scale * index + offset
         if not grid.fades:
             index = index.clamp(0, n - 1)
-        # Each row holds the two weights of one voxel; a dense product beats gathering.
-        matrix = (1 - (index[:, None] - torch.arange(n)).abs()).clamp_min(0)
-        x = along_axis(matrix.float().to(x.device), x, axis)
+        x = along_axis(_interpolation(index, n).to(x), x, axis)
     return x
 
 

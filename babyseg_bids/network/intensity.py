@@ -24,9 +24,9 @@ def normalise(x: Tensor, /) -> Tensor:
     if not len(values):
         return torch.zeros_like(x)
     low, high = (values.kthvalue(1 + round(q * (len(values) - 1))).values for q in (LOW, HIGH))
-    if high <= low:
-        return torch.zeros_like(x)
     # With masked background the darkest tissue must not become the background's value.
     if (sample == 0).float().mean() > 0.05:
         low = torch.minimum(low, torch.zeros_like(low))
+    if high <= low:
+        return torch.zeros_like(x)
     return ((x - low) / (high - low)).clamp_(0, 1)

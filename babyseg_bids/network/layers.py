@@ -166,6 +166,54 @@ def upsample(x: Tensor, /) -> Tensor:
     return grouped(y, x.shape[1])
 
 
+def convolve_upsampled(x: Tensor, weight: Tensor, /) -> Tensor:
+    """Up-sample (B, C, *size) as `upsample` does, then convolve with a kernel 3 wide, zero-padded.
+
+    Both act on space and on channels separately, so the channels are mixed first, at the coarse
+    size, once for each voxel of the kernel; then each axis in turn is up-sampled and its three
+    shifts are added. In three dimensions that is an eighth of the multiplications. It pays where
+    C is larger than the number of outputs, on blocks that stay in the processor's cache.
+
+    Parameters
+    ----------
+    weight : (outputs, C, 3, ...)
+
+    Returns
+    -------
+    (B, outputs, *twice the size)
+    """
+    dim = x.ndim - 2
+    taps = weight.movedim((0, 1), (-2, -1)).reshape(-1, x.shape[1])
+    # In one piece, or torch would multiply row by row.
+    y = F.linear(x.movedim(1, -1).contiguous(), taps)
+    for axis in range(dim):
+        y = _shifts_upsampled(y.unflatten(-1, (3, -1)).movedim(1 + axis, 0)).movedim(0, 1 + axis)
+    return y.movedim(-1, 1)
+
+
+def _shifts_upsampled(x: Tensor) -> Tensor:
+    """(N, ..., 3, C), up-sampled along the first axis, shifted by one either way, and added.
+
+    The result is (2 N, ..., C): element m is that of the first of three at m - 1, of the second at
+    m and of the third at m + 1, where there are such.
+    """
+    first, middle, last = x.unbind(-2)
+    out = first.new_empty((len(x), 2, *first.shape[1:]))
+    even, odd = out.unbind(1)
+    torch.add(middle, last, out=even).mul_(0.75).add_(first, alpha=0.25)
+    even[1:].add_(first[:-1], alpha=0.75).add_(middle[:-1], alpha=0.25)
+    even[:-1].add_(last[1:], alpha=0.25)
+    torch.add(first, middle, out=odd).mul_(0.75).add_(last, alpha=0.25)
+    odd[1:].add_(first[:-1], alpha=0.25)
+    odd[:-1].add_(middle[1:], alpha=0.25).add_(last[1:], alpha=0.75)
+    # At the ends up-sampling extends the values, and beyond them is zero.
+    even[:1].add_(middle[:1], alpha=0.25).sub_(first[:1], alpha=0.25)
+    even[-1:].add_(last[-1:], alpha=0.25)
+    odd[:1].add_(first[:1], alpha=0.25)
+    odd[-1:].add_(middle[-1:], alpha=0.25).sub_(last[-1:], alpha=0.25)
+    return out.flatten(0, 1)
+
+
 def concatenate(*tensors: Tensor) -> Tensor:
     """Join tensors (B, G, C_i, *size) along the channels."""
     # Concatenating six dimensions would lose the channels-last layout of the scans.

@@ -32,6 +32,8 @@ _AROUND = 4
 # those smaller than the second share that lie farther from the largest than this many mm: a neck
 # or a shoulder. A cerebellum or a hemisphere is nearer, even where what joins it was not found.
 _ISLAND_SHARE, _FAR_ISLAND_SHARE, _ISLAND_MM = 0.05, 0.5, 8.0
+# Logit of a structure where there surely is none, beside zero for the background.
+_NOTHING = -30.0
 # Structures in the middle of the brain, whose place tells front from back.
 _DEEP = (4, 10, 11, 12, 13, 14, 43, 49, 50, 51, 52)
 _DEEP_VOXELS = 50
@@ -160,21 +162,22 @@ def _predict(
         # in the order that `inference` gives.
         result = _output(small[-1:], network, view, limit)
         logits = _logits(result, view, model)
-        coarse = _softmax(logits, model)
-        remove_islands(coarse, spacing=spacing)
-        part = _part_with_brain(coarse, network)
+        background = _background(logits, model)
+        remove_islands(background, spacing=spacing)
+        part = _part_with_brain(background, network)
         scans = scans[(slice(None), *_scaled(part, factor))]
         # Copies, so that the memory of the whole volume is given back.
         small, weights = small[(slice(None), *part)], result.weights[(..., *part)].clone()
-        logits, coarse = (x[(slice(None), *part)].clone() for x in (logits, coarse))
+        logits = logits[(slice(None), *part)].clone()
         if either_way:
             back = _output(small[-1:], network, _BACK, limit)
             logits_back = _logits(back, _BACK, model)
-            turned = _softmax(logits_back, model)
-            gain = deep_fit(turned, small[-1:], model) - deep_fit(coarse, small[-1:], model)
-            if gain > _TURN_MARGIN:
-                view, weights, logits, coarse = _BACK, back.weights, logits_back, turned
-            del back, logits_back, turned
+            fit, fit_back = (
+                deep_fit(_softmax(x, model), small[-1:], model) for x in (logits, logits_back)
+            )
+            if fit_back - fit > _TURN_MARGIN:
+                view, weights, logits = _BACK, back.weights, logits_back
+            del back, logits_back
         if len(small) > 1:
             result = _output(small, network, view, limit)
             weights, logits = result.weights, _logits(result, view, model)
@@ -184,19 +187,15 @@ def _predict(
             result = _output(small, network, mirrored, limit)
             seen[mirrored] = result.weights
             logits = torch.lerp(logits, _logits(result, mirrored, model), 0.5)
-        if both_sides or len(small) > 1:
-            coarse = _softmax(logits, model)
         del result
-        remove_islands(coarse, spacing=spacing)
-        near = _near_brain(coarse)
-        box = _box(near)
-        shares = _scan_weights(seen, coarse)
-        if factor > 1:
-            del coarse
-            posteriors = _interpolated(logits, near, model)
-            box, part = _scaled(box, factor), _scaled(part, factor)
-        else:
-            posteriors = coarse[(slice(None), *box)].contiguous()
+        background = _background(logits, model)
+        islands = remove_islands(background, spacing=spacing)
+        logits[:, islands] = _NOTHING
+        logits[0, islands] = 0
+        near = _near_brain(background)
+        shares = _scan_weights(seen, background)
+        posteriors = _interpolated(logits, near, model)
+        box, part = _scaled(_box(near), factor), _scaled(part, factor)
     # In full precision, since variances are small differences.
     redistribute(posteriors, scans[(slice(None), *box)], model.labels, spacing=model.spacing)
     return Prediction(posteriors, _shifted(box, part), shares, turned=view == _BACK, device=device)
@@ -289,9 +288,17 @@ def _softmax(logits: Tensor, model: Model) -> Tensor:
     return channels.softmax(0).unflatten(1, logits.shape[1:])
 
 
-def _scan_weights(seen: dict[_View, Tensor], posteriors: Tensor) -> Tensor:
+def _background(logits: Tensor, model: Model) -> Tensor:
+    """Posterior of the background (*size) alone, of logits (C, *size)."""
+    voxels = logits.movedim(0, -1)
+    # An infinite sum is right, too: nothing is left for the background then.
+    odds = (voxels - voxels[..., :1]).float().div_(model.temperature).exp_().sum(-1)
+    return odds.reciprocal_()
+
+
+def _scan_weights(seen: dict[_View, Tensor], background: Tensor) -> Tensor:
     """Mean weight of each scan (G,) over the brain, from those in each view (1, G, 1, *size)."""
-    brain = 1 - posteriors[0]
+    brain = 1 - background
     total = sum(
         (view.turn(weights[0, :, 0].float()) * brain).sum((1, 2, 3), dtype=torch.float64)
         for view, weights in seen.items()
@@ -301,9 +308,8 @@ def _scan_weights(seen: dict[_View, Tensor], posteriors: Tensor) -> Tensor:
     return total / whole if whole > 0 else torch.full_like(total, 1 / len(total))
 
 
-def _near_brain(posteriors: Tensor) -> Tensor:
+def _near_brain(background: Tensor) -> Tensor:
     """(*size) bool: what is not surely background and what is near it, around likely brain."""
-    background = posteriors[0]
     return _grown(background < _SURE, _NEAR) & _grown(background < 0.5, _FAR)
 
 
@@ -329,10 +335,10 @@ def _box(mask: Tensor) -> Box:
     return tuple(box)  # type: ignore[return-value]
 
 
-def _part_with_brain(posteriors: Tensor, network: GroupUNet) -> Box:
+def _part_with_brain(background: Tensor, network: GroupUNet) -> Box:
     """The part of a volume that the passes after the first look at; all of it without a brain."""
-    size = posteriors.shape[1:]
-    near = _near_brain(posteriors)
+    size = background.shape
+    near = _near_brain(background)
     if not bool(near.any()):
         return tuple(slice(0, n) for n in size)  # type: ignore[return-value]
     multiple = network.config.multiple
@@ -363,22 +369,21 @@ def _interpolated(logits: Tensor, near: Tensor, model: Model) -> Tensor:
     """
     box, factor = _box(near), model.factor
     size = [factor * (s.stop - s.start) for s in box]
-    out = _background(len(logits), size, logits.device)
+    out = _empty(len(logits), size, logits.device)
     for inner in _blocks(near, _BLOCK // factor**3):
         # Linear interpolation looks at one voxel on each side.
         around = _wider(inner, near.shape, 1)
-        known = F.interpolate(
-            logits[(None, slice(None), *around)],
-            scale_factor=factor,
-            mode='trilinear',
-            align_corners=False,
-        )
-        known = known[(0, slice(None), *_scaled(_within(inner, around), factor))]
+        known = logits[(slice(None), *around)]
+        if factor > 1:
+            known = F.interpolate(
+                known[None], scale_factor=factor, mode='trilinear', align_corners=False
+            )[0]
+        known = known[(slice(None), *_scaled(_within(inner, around), factor))]
         out[(slice(None), *_scaled(_within(inner, box), factor))] = _softmax(known, model)
     return out
 
 
-def _background(channels: int, size: Sequence[int], device: torch.device) -> Tensor:
+def _empty(channels: int, size: Sequence[int], device: torch.device) -> Tensor:
     """Posteriors (C, *size) of nothing but background."""
     if device.type == 'cpu':
         # Unlike torch's, what nothing is written to takes neither time nor memory.
@@ -450,18 +455,22 @@ def deep_fit(posteriors: Tensor, scans: Tensor, model: Model, /) -> float:
     return sum(fits) / len(fits)
 
 
-def remove_islands(posteriors: Tensor, /, *, spacing: float) -> None:
+def remove_islands(background: Tensor, /, *, spacing: float) -> Tensor:
     """Give small or distant detached pieces of brain to the background, in place.
 
     Parameters
     ----------
-    posteriors : (C, *size), background first
+    background : (*size), its posterior
     spacing : of the voxels, mm
+
+    Returns
+    -------
+    (*size) bool: where those pieces were
     """
-    brain = (posteriors[0] < 0.5).cpu()
+    brain = (background < 0.5).cpu()
     found, count = ndimage.label(brain.numpy(), np.ones((3, 3, 3)))
     if count < 2:
-        return
+        return torch.zeros_like(background, dtype=torch.bool)
     pieces = torch.from_numpy(found).long()
     sizes = pieces.flatten().bincount()
     sizes[0] = 0
@@ -472,6 +481,6 @@ def remove_islands(posteriors: Tensor, /, *, spacing: float) -> None:
     share = torch.where(distant, _FAR_ISLAND_SHARE, _ISLAND_SHARE)
     small = sizes < share * sizes[largest]
     small[0] = False
-    gone = small[pieces].to(posteriors.device)
-    posteriors[:, gone] = 0
-    posteriors[0, gone] = 1
+    gone = small[pieces].to(background.device)
+    background[gone] = 1
+    return gone

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from babyseg_bids.network.layers import (
     InstanceNorm,
     ScanAttention,
     concatenate,
+    convolve,
+    convolve_upsampled,
     max_pool,
     single_channel,
     total_over_scans,
@@ -145,8 +148,18 @@ class GroupUNet(nn.Module):
     def output(self, x: Tensor) -> Output:
         """The same with the scans' weights."""
         skip, x = self.levels(x)
-        x, weights = self._merge(concatenate(skip, upsample(x)))
-        return Output(self.add(x).squeeze(1), weights)
+        groups = skip.shape[1]
+        if self.attention is None or groups == 1:
+            # The mean commutes with up-sampling and joining, and there is less of it.
+            weights = skip.new_full((len(skip), groups, 1, *skip.shape[3:]), 1 / groups)
+            if groups > 1:
+                skip, x = (total_over_scans(f)[:, None] / groups for f in (skip, x))
+            joined = concatenate(skip, upsample(x))
+        else:
+            joined = concatenate(skip, upsample(x))
+            weights = self.attention(joined)
+            joined = total_over_scans(joined, weights)[:, None]
+        return Output(self.add(joined).squeeze(1), weights)
 
     def levels(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """All but the last step up, of scans (B, G, *size).
@@ -178,18 +191,10 @@ class GroupUNet(nn.Module):
             return result
         return level(x)  # type: ignore[no-any-return]
 
-    def _merge(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, 1, C, *size) of all scans from those of each, and the scans' weights."""
-        groups = x.shape[1]
-        if self.attention is None or groups == 1:
-            weights = x.new_full((x.shape[0], groups, 1, *x.shape[3:]), 1 / groups)
-            return (x if groups == 1 else total_over_scans(x)[:, None] / groups), weights
-        weights = self.attention(x)
-        return total_over_scans(x, weights)[:, None], weights
 
-
-# The last step of the official network runs on slabs of so many voxels; it is the largest.
-_SLAB = 1_000_000
+# The last step of the official network, its largest, runs on blocks of so many voxels of the coarser
+# level along each axis: what it computes between two passes over memory stays in the cache.
+_BLOCK = 12
 
 
 class _Posteriors(nn.Module):
@@ -201,26 +206,26 @@ class _Posteriors(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Posteriors (B, labels, *size) of scans (B, G, *size) of any intensities."""
-        skip, x = self.network.levels(rescale(x))
-        if torch.is_grad_enabled():
-            return self._last(skip, x).softmax(1)
-        depth, rest = skip.shape[3], skip[0, 0, 0, 0].numel()
-        step = 2 * max(1, _SLAB // (2 * rest))
-        out = skip.new_empty((skip.shape[0], self.network.config.labels, *skip.shape[3:]))
-        for start in range(0, depth, step):
-            stop = min(start + step, depth)
-            # Two voxels more on each side: one that the convolution sees, one for interpolation.
-            low, high = max(0, start - 4), min(depth, stop + 4)
-            part = self._last(skip[:, :, :, low:high], x[:, :, :, low // 2 : high // 2])
-            torch.softmax(part[:, :, start - low : stop - low], 1, out=out[:, :, start:stop])
+        x = rescale(x)
+        if torch.is_grad_enabled() or x.device.type != 'cpu' or self.network.config.head:
+            return self.network(x).softmax(1)
+        skip, x = (f.mean(1) for f in self.network.levels(x))
+        weight, bias = self.network.add[0].folded()
+        own, upsampled = weight.split((skip.shape[1], x.shape[1]), dim=1)
+        out = skip.new_empty((len(skip), self.network.config.labels, *skip.shape[2:]))
+        for corner in product(*(range(0, n, _BLOCK) for n in x.shape[2:])):
+            fine, wide, wide_fine, inner = [], [], [], []
+            for start, n in zip(corner, x.shape[2:], strict=True):
+                stop = min(start + _BLOCK, n)
+                low, high = max(0, start - 1), min(n, stop + 1)
+                fine.append(slice(2 * start, 2 * stop))
+                wide.append(slice(low, high))
+                wide_fine.append(slice(2 * low, 2 * high))
+                inner.append(slice(2 * (start - low), 2 * (stop - low)))
+            part = convolve_upsampled(x[(..., *wide)], upsampled)
+            part += convolve(skip[(..., *wide_fine)], own, bias)
+            out[(..., *fine)] = part[(..., *inner)].softmax(1)
         return out
-
-    def _last(self, skip: Tensor, x: Tensor) -> Tensor:
-        """Logits (B, labels, *size) from what `GroupUNet.levels` gives."""
-        # The mean over scans commutes with up-sampling and joining, and there is less of it.
-        x = x.mean(1, keepdim=True)
-        merged = concatenate(skip.mean(1, keepdim=True), upsample(x))
-        return self.network.add(merged).squeeze(1)  # type: ignore[no-any-return]
 
 
 def rescale(x: Tensor, /, *, low: float = 0.01, high: float = 0.99) -> Tensor:

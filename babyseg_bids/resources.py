@@ -4,10 +4,12 @@ A node's core count says nothing inside a container or a cluster job: limits are
 control groups (version 1 and 2), the processor affinity and what SLURM put into the environment.
 """
 
+import ctypes
 import os
 import re
 import resource
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import floor
 from pathlib import Path
@@ -29,6 +31,46 @@ THREADS_A_SESSION = 4
 # The rest is left to the system and to what estimates miss.
 MEMORY_SHARE = 0.9
 _ROOT = Path('/')
+
+
+# Numbers of glibc's mallopt, and their defaults.
+_TRIM_THRESHOLD, _TRIM_DEFAULT = -1, 128 * 1024
+_MMAP_MAX, _MMAP_DEFAULT = -4, 65536
+_NEVER = 2**31 - 1
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Reuse freed memory within the block instead of giving it back, which happens at its end.
+
+    Otherwise glibc returns every large tensor to the system and gets zeroed pages for the next
+    one, which took a quarter of the time of a segmentation. Other C libraries stay as they are.
+    """
+    library = _glibc()
+    if library is None:
+        yield
+        return
+    library.malloc_trim(0)
+    library.mallopt(_MMAP_MAX, 0)
+    library.mallopt(_TRIM_THRESHOLD, _NEVER)
+    try:
+        yield
+    finally:
+        library.mallopt(_MMAP_MAX, _MMAP_DEFAULT)
+        library.mallopt(_TRIM_THRESHOLD, _TRIM_DEFAULT)
+        library.malloc_trim(0)
+
+
+def give_back_freed_memory() -> None:
+    """Return what `freed_memory_kept` has kept so far, where what follows needs less."""
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, 'mallopt') and hasattr(library, 'malloc_trim') else None
 
 
 @dataclass(frozen=True)

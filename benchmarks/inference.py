@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import nibabel as nib
@@ -21,8 +22,9 @@ import numpy as np
 import torch
 
 from babyseg_bids.network import load_model, segment
-from babyseg_bids.network.layers import GroupConv
+from babyseg_bids.network.layers import GroupConv, concatenate, upsample
 from babyseg_bids.network.unet import GroupUNet, official_config, official_network
+from babyseg_bids.resources import freed_memory_kept
 from babyseg_bids.synthesis.finetune import drawn_brains
 from babyseg_bids.synthesis.generator import draw_sample
 from babyseg_bids.synthesis.settings import load_settings, update
@@ -55,7 +57,9 @@ class Plain(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, G, *size) to (B, labels, *size)."""
-        return self.network(x).softmax(1)
+        skip, x = self.network.levels(x)
+        joined = concatenate(skip, upsample(x)).mean(1, keepdim=True)
+        return self.network.add(joined).squeeze(1).softmax(1)
 
 
 def head(scans: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -102,7 +106,9 @@ def measure(row: str, scans: int, threads: int, size: tuple[int, int, int]) -> d
             network = network.to(memory_format=torch.channels_last_3d)
 
         def run() -> object:
-            with torch.inference_mode():
+            # As `segment` does for any model.
+            kept = nullcontext() if row == 'reference' else freed_memory_kept()
+            with torch.inference_mode(), kept:
                 return network(x)
 
     best = (float('inf'), float('inf'))

@@ -1,12 +1,13 @@
 """What the parts of the shipped network are worth: Dice with and without each of them.
 
 The same synthetic scans of the held-out children are segmented by the model as it is, with the
-plain mean over scans instead of their learned weights, and without the mirrored pass. Nothing is
-trained anew: this says what the model would lose, not what a network trained without the part
-would reach.
+plain mean over scans instead of their learned weights, and without the mirrored pass; then groups
+of which motion has ruined one scan. Nothing is trained anew: this says what the model would lose,
+not what a network trained without the part would reach.
 """
 
 import argparse
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import pandas as pd
 import torch
 
 from babyseg_bids.network import Model, load_model
-from babyseg_bids.synthesis.evaluate import evaluate, held_out_cases, summarise
+from babyseg_bids.synthesis.evaluate import Case, evaluate, held_out_cases, summarise
 from babyseg_bids.synthesis.maps import load_maps
 from babyseg_bids.synthesis.settings import load_settings
 from babyseg_bids.synthesis.train import HELD_OUT
@@ -26,6 +27,17 @@ def without_attention(model: Model) -> Model:
     network = deepcopy(model.network)
     torch.nn.init.zeros_(network.attention.score.weight)
     return replace(model, network=network)
+
+
+def with_a_ruined_scan(images: torch.Tensor) -> torch.Tensor:
+    """Scans (G, *size), the first of them as after strong motion: ghosts, shifted, and noise."""
+    generator = torch.Generator().manual_seed(0)
+    first = images[0]
+    ghosts = torch.zeros_like(first)
+    for shift in torch.randint(-30, 31, (8,), generator=generator).tolist():
+        ghosts += first.roll((shift, shift // 3), (1, 2)) / 8
+    noise = torch.randn(first.shape, generator=generator)
+    return torch.cat([(ghosts + 0.1 * noise).clamp(0, 1)[None], images[1:]])
 
 
 def main() -> None:
@@ -42,13 +54,21 @@ def main() -> None:
     maps = [m for m in everyone if m.name in HELD_OUT]
     donors = [m for m in everyone if m.has_head]
     model = load_model(args.model)
+    plain = without_attention(model)
+
+    def unchanged(images: torch.Tensor) -> torch.Tensor:
+        return images
+
     variants = {
-        'as it is': (model, True),
-        'plain mean over scans': (without_attention(model), True),
-        'without the mirrored pass': (model, False),
+        'as it is': (model, True, unchanged),
+        'plain mean over scans': (plain, True, unchanged),
+        'without the mirrored pass': (model, False, unchanged),
+        'one scan ruined': (model, True, with_a_ruined_scan),
+        'one scan ruined, plain mean': (plain, True, with_a_ruined_scan),
+        'the others without it': (model, True, lambda images: images[1:]),
     }
     rows = []
-    for name, (variant, both_sides) in variants.items():
+    for name, (variant, both_sides, change) in variants.items():
         cases = held_out_cases(
             variant,
             maps,
@@ -58,9 +78,18 @@ def main() -> None:
             seed=args.seed,
             settings=load_settings(args.settings),
             both_sides=both_sides,
+            change=change,
         )
-        table = summarise(evaluate(cases))['all']
+        shares = []
+
+        def seen(cases: Iterable[Case], shares: list[float] = shares) -> Iterator[Case]:
+            for case in cases:
+                shares.append(float(case.prediction.scan_weights[0]))
+                yield case
+
+        table = summarise(evaluate(seen(cases)))['all']
         shown = {k: table[k] for k in ('mean', 'L-WM', 'L-CTX') if k in table}
+        shown['share of the first scan'] = round(sum(shares) / len(shares), 3)
         rows.append({'network': name, **shown})
         print(rows[-1], flush=True)
     print(pd.DataFrame(rows).to_string(index=False))

@@ -1,6 +1,6 @@
 """Measure a model on synthetic scans of children that it was not trained on."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,6 +44,7 @@ def held_out_cases(
     settings: SynthesisSettings | None = None,
     extent: tuple[int, int, int] = (192, 224, 192),
     both_sides: bool = True,
+    change: Callable[[Tensor], Tensor] = lambda images: images,
 ) -> Iterator[Case]:
     """Draw synthetic scans and segment them at the model's own resolution.
 
@@ -56,6 +57,7 @@ def held_out_cases(
     settings : what the scans are like; the size, spacing and number of scans are set here
     extent : of the volume, mm; rounded down to what the network asks for
     both_sides : as in `predict`
+    change : done to the scans (G, *size) of a sample before they are segmented
     """
     shares = tuple(float(i == scans - 1) for i in range(4))
     base = settings or load_settings()
@@ -72,7 +74,7 @@ def held_out_cases(
     for source in maps:
         for i in range(samples):
             sample = draw_sample([source, *donors], seed=seed + i, settings=settings)
-            prediction = predict(sample.images, model, both_sides=both_sides)
+            prediction = predict(change(sample.images), model, both_sides=both_sides)
             yield Case(source.name, sample.target, prediction)
 
 

@@ -209,9 +209,7 @@ def test_a_scan_parallel_to_the_grid_is_resampled_as_any_other(axes):
     grid = working_grid(affine, box, spacing=1.5, multiple=8)
     scan, scan_affine = reorient(image, affine, axes)
     for antialias in (False, True):
-        found = onto_grid(
-            torch.from_numpy(scan.copy()), scan_affine, grid, antialias=antialias
-        )
+        found = onto_grid(torch.from_numpy(scan.copy()), scan_affine, grid, antialias=antialias)
         where = np.linalg.inv(affine) @ grid.affine
         sigmas = np.where((abs(where[:3, :3]).max(1) > 1) & antialias, 0.42, 0)
         sigmas = sigmas * abs(where[:3, :3]).max(1)

@@ -1,8 +1,11 @@
 """Limits of containers, jobs and machines, on made-up system files."""
 
 import os
+import resource
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from babyseg_bids import resources
@@ -10,6 +13,7 @@ from babyseg_bids.resources import (
     GIB,
     SESSION_GB,
     cpu_limit,
+    freed_memory_kept,
     memory_limit,
     parse_memory,
     plan,
@@ -210,3 +214,18 @@ def test_low_memory_mode_leaves_no_room_for_a_second_session() -> None:
 def test_threads_that_the_user_gives_are_kept_within_the_processors() -> None:
     assert plan(16, 60, 100, threads=2).threads == 2
     assert plan(4, 60, 100, threads=32).threads == 4
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='only glibc keeps memory')
+def test_memory_that_was_freed_stays_until_the_end_of_the_block() -> None:
+    page = resource.getpagesize()
+
+    def resident() -> float:
+        return int(Path('/proc/self/statm').read_text().split()[1]) * page / 2**20
+
+    before = resident()
+    with freed_memory_kept():
+        blocks = [np.ones(2**23, np.uint8) for _ in range(25)]
+        del blocks
+        assert resident() - before > 150
+    assert resident() - before < 50

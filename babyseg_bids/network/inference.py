@@ -23,6 +23,7 @@ from babyseg_bids.network.intensity import normalise
 from babyseg_bids.network.official import conform
 from babyseg_bids.network.prediction import autocast, predict
 from babyseg_bids.network.weights import Model
+from babyseg_bids.resources import freed_memory_kept, give_back_freed_memory
 
 # A channel is interpolated only where it reaches this probability.
 _NEGLIGIBLE = 1e-3
@@ -89,14 +90,16 @@ def segment(
     image, affine = scans[0]
     turned = False
     weights = np.full(len(scans), 1 / len(scans))
-    with torch.inference_mode():
+    with torch.inference_mode(), freed_memory_kept():
         if model.official:
             prepared, grid = conform(scans, device=where)
             posteriors = predict_official(prepared, model, device=where)
         else:
             prepared, grid = _prepare(scans, model, where)
             order = _fixed_order(prepared)
-            result = predict(prepared[order], model, device=where, either_way=True)
+            prepared = prepared[order]
+            give_back_freed_memory()
+            result = predict(prepared, model, device=where, either_way=True)
             posteriors, turned, where = result.posteriors, result.turned, result.device
             grid = grid.part(result.box)
             weights[order] = result.scan_weights.cpu().numpy()

@@ -14,7 +14,7 @@ from torch import Tensor
 from babyseg_bids.network.tissue import redistribute
 from babyseg_bids.network.unet import GroupUNet, Output
 from babyseg_bids.network.weights import Model
-from babyseg_bids.resources import GIB, memory_limit
+from babyseg_bids.resources import GIB, give_back_freed_memory, memory_limit
 
 _LOG = logging.getLogger(__name__)
 
@@ -169,6 +169,8 @@ def _predict(
         # Copies, so that the memory of the whole volume is given back.
         small, weights = small[(slice(None), *part)], result.weights[(..., *part)].clone()
         logits = logits[(slice(None), *part)].clone()
+        del result, background
+        give_back_freed_memory()
         if either_way:
             back = _output(small[-1:], network, _BACK, limit)
             logits_back = _logits(back, _BACK, model)
@@ -222,6 +224,9 @@ def _bytes_a_voxel(model: Model, scans: int) -> int:
 
 def _output(scans: Tensor, network: GroupUNet, view: _View, limit: int) -> Output:
     """The U-Net's result on a view, in blocks if the volume has more voxels than `limit`."""
+    if len(scans) > 1:
+        # Passes with several scans need most memory of all, in pieces of other sizes.
+        give_back_freed_memory()
     x = view.turn(scans)[None]
     size = x.shape[2:]
     multiple = network.config.multiple

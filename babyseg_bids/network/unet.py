@@ -149,14 +149,15 @@ class GroupUNet(nn.Module):
         """The same with the scans' weights."""
         skip, x = self.levels(x)
         groups = skip.shape[1]
-        if self.attention is None or groups == 1:
+        plain = self.attention is None or groups == 1
+        if plain and groups > 1:
             # The mean commutes with up-sampling and joining, and there is less of it.
-            weights = skip.new_full((len(skip), groups, 1, *skip.shape[3:]), 1 / groups)
-            if groups > 1:
-                skip, x = (total_over_scans(f)[:, None] / groups for f in (skip, x))
-            joined = concatenate(skip, upsample(x))
+            skip, x = (total_over_scans(f)[:, None] / groups for f in (skip, x))
+        joined = concatenate(skip, upsample(x))
+        del skip, x  # What follows is where most memory is used.
+        if plain:
+            weights = joined.new_full((len(joined), groups, 1, *joined.shape[3:]), 1 / groups)
         else:
-            joined = concatenate(skip, upsample(x))
             weights = self.attention(joined)
             joined = total_over_scans(joined, weights)[:, None]
         return Output(self.add(joined).squeeze(1), weights)
@@ -192,8 +193,8 @@ class GroupUNet(nn.Module):
         return level(x)  # type: ignore[no-any-return]
 
 
-# The last step of the official network, its largest, runs on blocks of so many voxels of the coarser
-# level along each axis: what it computes between two passes over memory stays in the cache.
+# The last step of the official network, its largest, runs on blocks of so many voxels of the
+# coarser level along each axis: what it keeps in between stays in the cache.
 _BLOCK = 12
 
 

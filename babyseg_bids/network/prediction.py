@@ -160,36 +160,32 @@ def _predict(
         view = _AHEAD
         # One scan is enough to find the head and its direction: the last, which shows most of it
         # in the order that `inference` gives.
-        result = _output(small[-1:], network, view, limit)
-        logits = _logits(result, view, model)
+        logits, weights = _look(small[-1:], model, view, limit)
         background = _background(logits, model)
         remove_islands(background, spacing=spacing)
         part = _part_with_brain(background, network)
         scans = scans[(slice(None), *_scaled(part, factor))]
         # Copies, so that the memory of the whole volume is given back.
-        small, weights = small[(slice(None), *part)], result.weights[(..., *part)].clone()
+        small, weights = small[(slice(None), *part)], weights[(..., *part)].clone()
         logits = logits[(slice(None), *part)].clone()
-        del result, background
+        del background
         give_back_freed_memory()
         if either_way:
-            back = _output(small[-1:], network, _BACK, limit)
-            logits_back = _logits(back, _BACK, model)
+            logits_back, weights_back = _look(small[-1:], model, _BACK, limit)
             fit, fit_back = (
                 deep_fit(_softmax(x, model), small[-1:], model) for x in (logits, logits_back)
             )
             if fit_back - fit > _TURN_MARGIN:
-                view, weights, logits = _BACK, back.weights, logits_back
-            del back, logits_back
+                view, weights, logits = _BACK, weights_back, logits_back
+            del weights_back, logits_back
         if len(small) > 1:
-            result = _output(small, network, view, limit)
-            weights, logits = result.weights, _logits(result, view, model)
+            logits, weights = _look(small, model, view, limit)
         seen = {view: weights}
         if both_sides:
             mirrored = _BACK_MIRRORED if view == _BACK else _AHEAD_MIRRORED
-            result = _output(small, network, mirrored, limit)
-            seen[mirrored] = result.weights
-            logits = torch.lerp(logits, _logits(result, mirrored, model), 0.5)
-        del result
+            others, seen[mirrored] = _look(small, model, mirrored, limit)
+            logits = torch.lerp(logits, others, 0.5)
+            del others
         background = _background(logits, model)
         islands = remove_islands(background, spacing=spacing)
         logits[:, islands] = _NOTHING
@@ -276,11 +272,13 @@ def _ramp(block: Box, size: Sequence[int]) -> Tensor:
     return ramp
 
 
-def _logits(result: Output, view: _View, model: Model) -> Tensor:
-    """(C, *size) in the scans' own axes and sides."""
+def _look(scans: Tensor, model: Model, view: _View, limit: int) -> tuple[Tensor, Tensor]:
+    """Logits (C, *size) in the scans' own axes and sides, and the weights of scans in the view."""
+    network: GroupUNet = model.network  # type: ignore[assignment]
+    result = _output(scans, network, view, limit)
     logits = view.turn(result.logits[0])
     # In a mirrored view each label has the channel of its partner.
-    return logits[model.labels.mirror_channels] if view.mirrored else logits
+    return (logits[model.labels.mirror_channels] if view.mirrored else logits), result.weights
 
 
 def _softmax(logits: Tensor, model: Model) -> Tensor:

@@ -270,6 +270,15 @@ def test_normalise_ignores_masked_background():
     assert (normalise(torch.zeros(4, 4, 4)) == 0).all()
 
 
+@pytest.mark.parametrize('size', [(30, 21, 17), (9, 1, 3)])
+@pytest.mark.parametrize('width', [0, 1, 2, 4, 8])
+def test_a_mask_grows_by_a_cube(size, width):
+    mask = torch.rand(size, generator=torch.Generator().manual_seed(0)) < 0.01
+    cube = np.ones((2 * width + 1,) * 3)
+    expected = ndimage.binary_dilation(mask.numpy(), cube)
+    np.testing.assert_array_equal(prediction._grown(mask, width).numpy(), expected)
+
+
 def test_islands_go_to_the_background():
     background = torch.ones(20, 20, 20)
     for low, high in ((2, 12), (17, 18)):

@@ -318,13 +318,17 @@ def _near_brain(background: Tensor) -> Tensor:
 
 def _grown(mask: Tensor, width: int) -> Tensor:
     """A mask (*size) and all that is at most `width` voxels away along every axis."""
-    grown = mask.float()[None, None]
-    # One axis after the other, since a whole cube costs far more.
-    for axis in range(3):
-        kernel, padding = [1, 1, 1], [0, 0, 0]
-        kernel[axis], padding[axis] = 2 * width + 1, width
-        grown = F.max_pool3d(grown, kernel, 1, padding)
-    return grown[0, 0] > 0
+    # One axis after the other, and what has grown by r, perhaps on one side of a border
+    # only, grows by r + 1 at once.
+    for axis, n in enumerate(mask.shape):
+        reach = 0
+        while reach < min(width, n - 1):
+            step = min(reach + 1, width - reach, n - 1)
+            grown = mask.clone()
+            grown.narrow(axis, step, n - step).logical_or_(mask.narrow(axis, 0, n - step))
+            grown.narrow(axis, 0, n - step).logical_or_(mask.narrow(axis, step, n - step))
+            mask, reach = grown, reach + step
+    return mask
 
 
 def _box(mask: Tensor) -> Box:

@@ -98,7 +98,8 @@ def segment(
             prepared, grid = _prepare(scans, model, where)
             order = _fixed_order(prepared)
             prepared = prepared[order]
-            give_back_freed_memory()
+            if len(scans) > 1:
+                give_back_freed_memory()
             result = predict(prepared, model, device=where, either_way=True)
             posteriors, turned, where = result.posteriors, result.turned, result.device
             grid = grid.part(result.box)

@@ -169,7 +169,6 @@ def _predict(
         small, weights = small[(slice(None), *part)], weights[(..., *part)].clone()
         logits = logits[(slice(None), *part)].clone()
         del background
-        give_back_freed_memory()
         if either_way:
             logits_back, weights_back = _look(small[-1:], model, _BACK, limit)
             fit, fit_back = (

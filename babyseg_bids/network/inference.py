@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,7 +91,9 @@ def segment(
     image, affine = scans[0]
     turned = False
     weights = np.full(len(scans), 1 / len(scans))
-    with torch.inference_mode(), freed_memory_kept():
+    # Of the official network, several scans would leave holes of gigabytes in what is kept.
+    kept = nullcontext() if model.official and len(scans) > 1 else freed_memory_kept()
+    with torch.inference_mode(), kept:
         if model.official:
             prepared, grid = conform(scans, device=where)
             posteriors = predict_official(prepared, model, device=where)

@@ -1,7 +1,7 @@
 """Draw training samples: a group of images of one random anatomy, and its label map."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,12 +25,14 @@ class Sample:
     ----------
     images : (G, *size) float32 in 0..1
     target : (*size) int64, network channels
+    ruined : (G,) bool, the scans that motion has ruined
     record : the seed, and every choice that was made by name; with the same maps and settings
         `draw_sample(maps, seed=record['seed'])` draws the sample again
     """
 
     images: Tensor
     target: Tensor
+    ruined: Tensor
     record: Mapping[str, object]
 
 
@@ -58,13 +60,17 @@ def draw_sample(
     classes, visible = dress(anatomy, settings, table=table, draws=draws.scope('surroundings'))
     counts = range(1, len(settings.group_shares) + 1)
     scans = draws.choice('scans', counts, settings.group_shares)
+    inner = draws.scope('group')
+    ruined = torch.zeros(scans, dtype=torch.bool, device=classes.device)
+    if scans > 1 and inner.chance('ruined', settings.group.ruined_probability):
+        ruined[inner.integer('ruined scan', 1, scans) - 1] = True
     images, views = [], []
     for i in range(scans):
         image, view = draw_scan(
             classes,
             visible,
             anatomy,
-            settings,
+            _ruin(settings) if ruined[i] else settings,
             table=table,
             first=i == 0,
             draws=draws.scope(f'scan {i + 1}'),
@@ -76,7 +82,22 @@ def draw_sample(
         seen = seen | view
     channel = torch.from_numpy(table.channel).to(classes.device)
     target = channel.index_select(0, classes.view(-1)).view(classes.shape) * seen
-    return Sample(torch.stack(images), target, {'seed': seed, **draws.log})
+    return Sample(torch.stack(images), target, ruined, {'seed': seed, **draws.log})
+
+
+def _ruin(settings: SynthesisSettings, /) -> SynthesisSettings:
+    """Settings of a scan that is of no use: the child moved all the time, and little signal."""
+    acquisition = replace(
+        settings.acquisition,
+        motion_probability=1.0,
+        motion_moves=16,
+        motion_shift=20.0,
+        motion_rotation=20.0,
+        ghost_probability=1.0,
+        ghost=(0.2, 0.6),
+        noise=(0.1, 0.3),
+    )
+    return replace(settings, acquisition=acquisition)
 
 
 def dress(

@@ -36,6 +36,8 @@ DEFAULT_NETWORK = NetworkConfig(
 )
 # Hard Dice costs a twentieth of a step, so only some steps have it.
 _MEASURE_EVERY = 5
+# Weight in the loss of the share that a ruined scan gets from the learned weights.
+_RUINED_WEIGHT = 0.5
 _FIELDS = ('step', 'stage', 'spacing', 'loss', 'dice', 'rate', 'seconds')
 
 
@@ -149,8 +151,8 @@ class SyntheticBatches(Dataset):
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
-        """Images (B, G, *size) and target (B, *size) of the step `start + item`."""
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, G, *size), target (B, *size), ruined (B, G) of the step `start + item`."""
         torch.set_num_threads(1)
         step = self.start + item
         stage = self.plan.stages[self.plan.stage_at(step)]
@@ -166,7 +168,9 @@ class SyntheticBatches(Dataset):
             draw_sample(self.maps, seed=seed * 64 + i, settings=settings, table=self.table)
             for i in range(self.rank * stage.batch, (self.rank + 1) * stage.batch)
         ]
-        return torch.stack([s.images for s in samples]), torch.stack([s.target for s in samples])
+        parts = ([getattr(s, name) for s in samples] for name in ('images', 'target', 'ruined'))
+        images, target, ruined = (torch.stack(p) for p in parts)
+        return images, target, ruined
 
 
 class Trainer:
@@ -250,15 +254,28 @@ class Trainer:
         torch.save(state, temporary)
         temporary.replace(self.folder / name)
 
-    def train_step(self, images: Tensor, target: Tensor, /) -> tuple[float, float]:
-        """One optimiser step on (B, G, *size) and (B, *size); loss and mean hard Dice (or NaN)."""
+    def train_step(
+        self, images: Tensor, target: Tensor, ruined: Tensor, /
+    ) -> tuple[float, float]:
+        """One optimiser step; loss and mean hard Dice (or NaN).
+
+        Parameters
+        ----------
+        images : (B, G, *size)
+        target : (B, *size)
+        ruined : (B, G) bool, scans whose learned weight is a loss
+        """
         rate = self.plan.rate_at(self.step)
         for group in self.optimiser.param_groups:
             group['lr'] = rate
         images, target = images.to(self.device), target.to(self.device)
         with torch.autocast(self.device.split(':')[0], torch.bfloat16, enabled=self.plan.bfloat16):
-            logits = self.network(images)
+            output = self.network.output(images)
+        logits = output.logits
         loss = dice_cross_entropy(logits, target)
+        if ruined.any():
+            shares = output.weights.float().flatten(2).mean(2)
+            loss = loss + _RUINED_WEIGHT * shares[ruined.to(self.device)].sum() / len(images)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self._share_gradients()
@@ -320,10 +337,10 @@ class Trainer:
             prefetch_factor=3 if workers else None,
         )
         log = _Log(self.folder, self.plan.steps, quiet=bool(self.rank))
-        for images, target in batches:
+        for images, target, ruined in batches:
             stage = self.plan.stage_at(self.step)
             rate = self.plan.rate_at(self.step)
-            loss, dice = self.train_step(images, target)
+            loss, dice = self.train_step(images, target, ruined)
             log.add(self.step, stage, self.plan.stages[stage].spacing, loss, dice, rate)
             if self.step % save_every == 0 or self.step == end:
                 self.save()

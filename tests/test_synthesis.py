@@ -107,6 +107,24 @@ def test_scopes_do_not_disturb_each_other():
     assert Draws(1).scope('a').noise(3).tolist() == Draws(1).scope('a').noise(3).tolist()
 
 
+def test_a_ruined_scan_is_marked_and_leaves_the_others_as_they_were():
+    settings = replace(SETTINGS_2D, group_shares=(0.0, 0.0, 1.0))
+    never, always = (
+        replace(settings, group=replace(settings.group, ruined_probability=p)) for p in (0.0, 1.0)
+    )
+    marked = set()
+    for seed in range(16):
+        a, b = (draw_sample([phantom()], seed=seed, settings=s) for s in (never, always))
+        assert not a.ruined.any() and b.ruined.sum() == 1
+        assert torch.equal(a.target, b.target)
+        same = torch.tensor([torch.equal(i, j) for i, j in zip(a.images, b.images, strict=True)])
+        assert torch.equal(same, ~b.ruined)
+        marked.add(int(b.ruined.int().argmax()))
+    assert marked == {0, 1, 2}
+    alone = replace(always, group_shares=(1.0,))
+    assert not draw_sample([phantom()], seed=0, settings=alone).ruined.any()
+
+
 def test_each_thing_that_may_happen_changes_the_image_and_only_some_the_labels():
     settings = replace(SETTINGS_3D, size=(40, 44, 40), spacing=2.0)
     shown = dict(one_by_one(settings))

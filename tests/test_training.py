@@ -204,17 +204,36 @@ def test_training_lowers_the_loss():
     torch.manual_seed(0)
     from babyseg_bids.network.unet import GroupUNet
 
-    images, target = SyntheticBatches([phantom(3)], PLAN, 0, 8)[0]
+    images, target, _ = SyntheticBatches([phantom(3)], PLAN, 0, 8)[0]
     network = GroupUNet(NETWORK)
     optimiser = torch.optim.Adam(network.parameters(), lr=0.01)
     losses = []
-    for _ in range(30):
+    for _ in range(150):
         loss = dice_cross_entropy(network(images), target)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_the_weight_of_a_ruined_scan_is_learnt(tmp_path):
+    network = NetworkConfig(labels=28, encoder=(4,), decoder=(4,), head=(4,), attention=4)
+    images = torch.rand(2, 3, 16, 16, 16)
+    images[0, 1] = images[1, 2] = 0  # Nothing to be seen.
+    target = torch.randint(0, 28, (2, 16, 16, 16))
+    ruined = torch.tensor([[False, True, False], [False, False, True]])
+    stages = (Stage(4.0, (16, 16, 16), 200, 2),)
+    plan = TrainingPlan(stages, network=network, rate=0.05, decay=1e-6)
+    trainer = Trainer(plan, tmp_path)
+    first, _ = trainer.train_step(images, target, ruined)
+    without, _ = Trainer(plan, tmp_path / 'other').train_step(images, target, ~ruined & ruined)
+    assert first == pytest.approx(without + 0.5 / 3, abs=1e-4)
+    for _ in range(150):
+        trainer.train_step(images, target, ruined)
+    with torch.no_grad():
+        weights = trainer.network.output(images).weights.flatten(2).mean(2)
+    assert (weights[ruined] < 0.1).all()
 
 
 def test_the_command_trains_and_exports_a_model_that_loads(tmp_path, monkeypatch):

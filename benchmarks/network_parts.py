@@ -67,6 +67,9 @@ def main() -> None:
         'one scan ruined, plain mean': (plain, True, with_a_ruined_scan),
         'the others without it': (model, True, lambda images: images[1:]),
     }
+    settings = load_settings(args.settings)
+    # Scans are ruined here, in all groups alike.
+    settings = replace(settings, group=replace(settings.group, ruined_probability=0.0))
     rows = []
     for name, (variant, both_sides, change) in variants.items():
         cases = held_out_cases(
@@ -76,7 +79,7 @@ def main() -> None:
             samples=args.samples,
             scans=args.scans,
             seed=args.seed,
-            settings=load_settings(args.settings),
+            settings=settings,
             both_sides=both_sides,
             change=change,
         )

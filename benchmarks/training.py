@@ -8,7 +8,6 @@ measured in `synthesis.py`.
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -18,8 +17,8 @@ from pathlib import Path
 
 import torch
 
+from babyseg_bids.resources import freed_memory_kept
 from babyseg_bids.synthesis.train import Stage, Trainer, TrainingPlan
-from babyseg_bids.synthesis.train_cli import MALLOC
 
 SIZE = (64, 80, 64)
 ROWS = {
@@ -48,7 +47,7 @@ def measure(
     images = torch.rand(batch, scans, *SIZE)
     target = torch.randint(0, plan.network.labels, (batch, *SIZE))
     ruined = torch.zeros(batch, scans, dtype=torch.bool)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, freed_memory_kept():
         trainer = Trainer(plan, Path(folder))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         seconds = []
@@ -73,9 +72,7 @@ def main() -> None:
     reference = None
     for row in ROWS:
         command = [sys.executable, __file__, '--row', row, '--threads', str(args.threads)]
-        out = subprocess.run(
-            command, check=True, capture_output=True, text=True, env={**os.environ, **MALLOC}
-        )
+        out = subprocess.run(command, check=True, capture_output=True, text=True)
         found = json.loads(out.stdout.splitlines()[-1])
         reference = reference or found
         slower, larger = (found[k] / reference[k] for k in ('seconds', 'peak'))

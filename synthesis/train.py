@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from babyseg_bids.errors import InputError, UsageError
 from babyseg_bids.labels import label_table
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
+from babyseg_bids.resources import freed_memory_kept
 from babyseg_bids.synthesis.gallery import picture, side_by_side
 from babyseg_bids.synthesis.generator import draw_sample
 from babyseg_bids.synthesis.losses import dice_cross_entropy, hard_dice
@@ -254,9 +255,7 @@ class Trainer:
         torch.save(state, temporary)
         temporary.replace(self.folder / name)
 
-    def train_step(
-        self, images: Tensor, target: Tensor, ruined: Tensor, /
-    ) -> tuple[float, float]:
+    def train_step(self, images: Tensor, target: Tensor, ruined: Tensor, /) -> tuple[float, float]:
         """One optimiser step; loss and mean hard Dice (or NaN).
 
         Parameters
@@ -337,17 +336,18 @@ class Trainer:
             prefetch_factor=3 if workers else None,
         )
         log = _Log(self.folder, self.plan.steps, quiet=bool(self.rank))
-        for images, target, ruined in batches:
-            stage = self.plan.stage_at(self.step)
-            rate = self.plan.rate_at(self.step)
-            loss, dice = self.train_step(images, target, ruined)
-            log.add(self.step, stage, self.plan.stages[stage].spacing, loss, dice, rate)
-            if self.step % save_every == 0 or self.step == end:
-                self.save()
-            if self.plan.stage_at(self.step) != stage:
-                self.save(f'stage-{stage}.pt')
-            if validate_every and self.step % validate_every == 0 and not self.rank:
-                log.validated(self.step, validate(self, validation))
+        with freed_memory_kept():
+            for images, target, ruined in batches:
+                stage = self.plan.stage_at(self.step)
+                rate = self.plan.rate_at(self.step)
+                loss, dice = self.train_step(images, target, ruined)
+                log.add(self.step, stage, self.plan.stages[stage].spacing, loss, dice, rate)
+                if self.step % save_every == 0 or self.step == end:
+                    self.save()
+                if self.plan.stage_at(self.step) != stage:
+                    self.save(f'stage-{stage}.pt')
+                if validate_every and self.step % validate_every == 0 and not self.rank:
+                    log.validated(self.step, validate(self, validation))
         log.close()
 
 

@@ -16,13 +16,6 @@ if TYPE_CHECKING:
     from babyseg_bids.network.weights import Model
     from babyseg_bids.synthesis.evaluate import Case
 
-# Without these glibc returns every large tensor to the system and gets zeroed pages back for the
-# next one, which cost a quarter of a training step.
-MALLOC = {
-    'MALLOC_MMAP_THRESHOLD_': str(4 << 30),
-    'MALLOC_TRIM_THRESHOLD_': str(16 << 30),
-    'MALLOC_TOP_PAD_': str(256 << 20),
-}
 DEFAULT_STAGES = (
     '4.0:32x48x32:2500:2',
     '3.0:48x48x48:1500:2',
@@ -163,10 +156,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `babyseg-train`; returns the exit code."""
     args = build_parser().parse_args(arguments)
-    if args.command == 'fit' and not MALLOC.keys() <= os.environ.keys():
-        # The allocator reads its settings once, when a process starts.
-        command = [sys.executable, '-m', __name__, *(arguments or sys.argv[1:])]
-        os.execve(sys.executable, command, {**MALLOC, **os.environ})
     commands = {
         'prepare': _prepare,
         'fit': _fit,

@@ -173,7 +173,7 @@ class GroupSettings(_Section):
     misalign: float = _setting(1.0, 0, 20, 'largest shift, mm')
     misalign_rotation: float = _setting(1.5, 0, 30, 'largest rotation, degrees')
     own_view_probability: float = _chance(0.15, 'that one scan shows less than the others')
-    ruined_probability: float = _chance(0.2, 'that motion has ruined one of several scans')
+    ruined_probability: float = _chance(0.0, 'that motion has ruined one of several scans')
 
 
 SECTIONS = {

@@ -83,6 +83,7 @@ class TrainingPlan:
     checkpointing : see `GroupUNet`
     rate : peak learning rate; it warms up, stays, and falls to zero over the last `decay` share
     average : decay of the exponential moving average of the weights
+    only : the part of the network that is trained (`attention`, `add`, `dec`, `enc`); None for all
     """
 
     stages: tuple[Stage, ...]
@@ -96,6 +97,7 @@ class TrainingPlan:
     clip: float = 1.0
     bfloat16: bool = False
     checkpointing: bool = False
+    only: str | None = None
 
     def __post_init__(self) -> None:
         for stage in self.stages:
@@ -197,6 +199,9 @@ class Trainer:
         layout = torch.channels_last_3d if plan.network.dim == 3 else torch.channels_last
         self.network = network.to(device, memory_format=layout)
         self.averaged = deepcopy(self.network).requires_grad_(False)
+        if plan.only:
+            self.network.requires_grad_(False)
+            getattr(self.network, plan.only).requires_grad_(True)
         self.optimiser = Muon(self.network.parameters(), rate=plan.rate)
         self.step = 0
         folder.mkdir(parents=True, exist_ok=True)

@@ -236,6 +236,20 @@ def test_the_weight_of_a_ruined_scan_is_learnt(tmp_path):
     assert (weights[ruined] < 0.1).all()
 
 
+def test_a_part_alone_is_trained(tmp_path):
+    network = NetworkConfig(labels=28, encoder=(2,), decoder=(2,), head=(2,), attention=2)
+    plan = replace(PLAN, network=network, only='attention')
+    trainer = Trainer(plan, tmp_path)
+    before = {k: v.clone() for k, v in trainer.network.state_dict().items()}
+    images = torch.rand(1, 2, 16, 16, 16)
+    target = torch.randint(0, 28, (1, 16, 16, 16))
+    for _ in range(2):
+        trainer.train_step(images, target, torch.tensor([[True, False]]))
+    changed = {k for k, v in trainer.network.state_dict().items() if not torch.equal(v, before[k])}
+    assert 'attention.score.weight' in changed
+    assert all(k.startswith('attention.') for k in changed)
+
+
 def test_the_command_trains_and_exports_a_model_that_loads(tmp_path):
     maps = tmp_path / 'maps.npz'
     save_maps(maps, [phantom(3)])

@@ -202,7 +202,7 @@ class Trainer:
         if plan.only:
             self.network.requires_grad_(False)
             getattr(self.network, plan.only).requires_grad_(True)
-        self.optimiser = Muon(self.network.parameters(), rate=plan.rate)
+        self.optimiser = Muon(self.network.parameters(), rate=plan.rate, bfloat16=plan.bfloat16)
         self.step = 0
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():

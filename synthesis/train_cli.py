@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         '--precision',
         choices=('auto', 'float32', 'bfloat16'),
         default='auto',
-        help='of the network; auto is bfloat16 on GPUs and on CPUs with matrix units',
+        help='of the network; auto is bfloat16 on GPUs and on CPUs that have it',
     )
     fit.add_argument(
         '--checkpointing', action='store_true', help='less memory for a third more time'

@@ -62,6 +62,28 @@ def test_instance_norm_gives_each_scan_and_channel_zero_mean_and_unit_deviation(
     )
 
 
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize(
+    ('dtype', 'error'), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.02)]
+)
+def test_gradient_of_instance_norm_is_that_of_torch(layout, dtype, error):
+    x, gradient = 3 + 2 * torch.randn(2, 2, 3, 4, 9, 8, 7, dtype=torch.float64)
+    norm = InstanceNorm(4).double()
+    torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    x = x.requires_grad_()
+    parameters = [norm.weight, norm.bias]
+    y = torch.group_norm(x.flatten(0, 1), 4, norm.weight, norm.bias, norm.eps).view(x.shape)
+    expected = torch.autograd.grad(y, [x, *parameters], gradient)
+    z = x.detach().flatten(0, 1).to(dtype).to(memory_format=layout).requires_grad_()
+    if dtype != torch.float64:
+        norm.float()
+    found = torch.autograd.grad(
+        norm(z.unflatten(0, (2, 3))), [z, norm.weight, norm.bias], gradient.to(dtype)
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double().view(b.shape) - b).norm() <= error * b.norm()
+
+
 @pytest.mark.parametrize('dim', [2, 3])
 def test_pooling_and_upsampling_keep_scans_and_channels(dim):
     x = torch.randn(2, 3, 4, *[8] * dim)

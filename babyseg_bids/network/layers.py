@@ -108,10 +108,54 @@ class InstanceNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, G, C, *size) to the same shape."""
-        # One group a channel is instance normalisation. Unlike `F.instance_norm` this keeps the
-        # channels-last layout, and unlike `F.batch_norm` its gradient is right in it.
-        y = torch.group_norm(flat(x), x.shape[2], self.weight, self.bias, self.eps)
-        return grouped(y, x.shape[1])
+        groups, channels = x.shape[1:3]
+        x = flat(x)
+        if torch.is_grad_enabled() and x.device.type == 'cpu':
+            y = _InstanceNorm.apply(x, self.weight, self.bias, self.eps)
+        else:
+            # One group a channel is instance normalisation. Unlike `F.instance_norm` this keeps
+            # the channels-last layout, and unlike `F.batch_norm` its gradient is right in it.
+            y = torch.group_norm(x, channels, self.weight, self.bias, self.eps)
+        return grouped(y, groups)
+
+
+class _InstanceNorm(torch.autograd.Function):
+    """Instance normalisation with a faster gradient on CPUs than torch's own.
+
+    torch's took a third of a training step in bfloat16.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> Tensor:
+        batch, channels = x.shape[:2]
+        voxels = x[0, 0].numel()
+        y, mean, scale = torch.native_group_norm(
+            x, weight, bias, batch, channels, voxels, channels, eps
+        )
+        ctx.save_for_backward(x, weight, mean, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def, override]
+        x, weight, mean, scale = ctx.saved_tensors
+        exact = torch.promote_types(x.dtype, torch.float32)
+        mean, scale = mean.to(exact), scale.to(exact)
+        values, slopes = (t.movedim(1, -1).flatten(1, -2) for t in (x, gradient))
+        voxels = values.shape[1]
+        total = slopes.sum(1, dtype=exact)
+        along = (slopes * values).sum(1, dtype=exact).sub_(mean * total).mul_(scale)
+        # The gradient is linear in slope and value, with coefficients for each scan and channel.
+        of_slope = weight * scale
+        of_value = -of_slope * scale * along / voxels
+        constant = -of_slope * total / voxels - of_value * mean
+        of_slope, of_value, constant = (
+            c.to(x.dtype)[:, None] for c in (of_slope, of_value, constant)
+        )
+        out = torch.addcmul(constant, slopes, of_slope).addcmul_(values, of_value)
+        out = out.view(x.movedim(1, -1).shape).movedim(-1, 1)
+        return out, along.sum(0), total.sum(0), None
 
 
 class Activation(nn.Module):

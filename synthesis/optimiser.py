@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
     momentum : of kernels (Nesterov's)
     betas : of Adam
     weight_decay : decoupled from the gradient, on kernels only
-    bfloat16 : orthogonalise in bfloat16; three times faster for the largest kernels
+    bfloat16 : orthogonalise in bfloat16, three times faster for the largest kernels on such a CPU
     """
 
     def __init__(

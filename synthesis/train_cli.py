@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         help='of the network; auto is bfloat16 on GPUs and on CPUs that have it',
     )
     fit.add_argument(
-        '--checkpointing', action='store_true', help='less memory for a third more time'
+        '--checkpointing', action='store_true', help='less memory for a tenth to a half more time'
     )
     fit.add_argument(
         '--validate-every',

@@ -40,7 +40,7 @@ class Result:
     volumes : one row a structure (see `morphometry.morphometry_table`)
     qc : quality measures (see `qc.session_metrics`)
     flags : what a person should know
-    scan_weights : share of each scan given; 0 for one that was left out
+    scan_weights : share of each scan given: 0 for one that was left out, the same for all others
     alignments : of the scans after the first
     """
 
@@ -96,13 +96,8 @@ def segment_aligned(
     keep_probabilities: bool = False,
     bias_correction: BiasCorrection = 'none',
     denoise: bool = False,
-) -> tuple[Segmentation, tuple[float, ...]]:
-    """Segment the images that could be aligned, after `preprocess`.
-
-    Returns
-    -------
-    The segmentation, and a weight for each image given, 0 for those that were left out.
-    """
+) -> Segmentation:
+    """Segment the images that could be aligned, after `preprocess`."""
     matrices = [np.eye(4), *(a.matrix for a in alignments)]
     kept = [True, *(a.status != 'refused' for a in alignments)]
     treat = partial(preprocess, bias_correction=bias_correction, denoise=denoise)
@@ -111,11 +106,9 @@ def segment_aligned(
         for image, matrix, keep in zip(images, matrices, kept, strict=True)
         if keep
     ]
-    result = segment(
+    return segment(
         scans, model, device=device, threads=threads, keep_probabilities=keep_probabilities
     )
-    given = iter(result.scan_weights)
-    return result, tuple(next(given) if keep else 0.0 for keep in kept)
 
 
 def alignment_flags(name: str, alignment: Alignment, /) -> list[Flag]:
@@ -237,7 +230,7 @@ class BabySegPipeline:
             device=self.device,
             threads=self.threads or 1,
         )
-        result, weights = segment_aligned(
+        result = segment_aligned(
             images,
             alignments,
             self.model,
@@ -270,6 +263,7 @@ class BabySegPipeline:
             self.model.labels,
             agreement=agreement,
         )
+        used = [True, *(a.status != 'refused' for a in alignments)]
         doubts = [
             flag
             for i, a in enumerate(alignments, start=2)
@@ -291,7 +285,7 @@ class BabySegPipeline:
             volumes=volumes,
             qc=qc,
             flags=(*doubts, *flags),
-            scan_weights=weights,
+            scan_weights=tuple(float(use) / sum(used) for use in used),
             alignments=tuple(alignments),
         )
 

@@ -1,32 +1,23 @@
 """What the parts of the shipped network are worth: Dice with and without each of them.
 
-The same synthetic scans of the held-out children are segmented by the model as it is, with the
-plain mean over scans instead of their learned weights, and without the mirrored pass; then groups
-of which motion has ruined one scan. Nothing is trained anew: this says what the model would lose,
-not what a network trained without the part would reach.
+The same synthetic scans of the held-out children are segmented by the model as it is and without
+the mirrored pass; then groups of which motion has ruined one scan, with it and without it. Nothing
+is trained anew: this says what the model would lose, not what a network trained without the part
+would reach.
 """
 
 import argparse
-from collections.abc import Iterable, Iterator
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from babyseg_bids.network import Model, load_model
-from babyseg_bids.synthesis.evaluate import Case, evaluate, held_out_cases, summarise
+from babyseg_bids.network import load_model
+from babyseg_bids.synthesis.evaluate import evaluate, held_out_cases, summarise
 from babyseg_bids.synthesis.maps import load_maps
 from babyseg_bids.synthesis.settings import load_settings
 from babyseg_bids.synthesis.train import HELD_OUT
-
-
-def without_attention(model: Model) -> Model:
-    """The model with equal weights of the scans."""
-    network = deepcopy(model.network)
-    torch.nn.init.zeros_(network.attention.score.weight)
-    return replace(model, network=network)
 
 
 def with_a_ruined_scan(images: torch.Tensor) -> torch.Tensor:
@@ -54,26 +45,23 @@ def main() -> None:
     maps = [m for m in everyone if m.name in HELD_OUT]
     donors = [m for m in everyone if m.has_head]
     model = load_model(args.model)
-    plain = without_attention(model)
 
     def unchanged(images: torch.Tensor) -> torch.Tensor:
         return images
 
     variants = {
-        'as it is': (model, True, unchanged),
-        'plain mean over scans': (plain, True, unchanged),
-        'without the mirrored pass': (model, False, unchanged),
-        'one scan ruined': (model, True, with_a_ruined_scan),
-        'one scan ruined, plain mean': (plain, True, with_a_ruined_scan),
-        'the others without it': (model, True, lambda images: images[1:]),
+        'as it is': (True, unchanged),
+        'without the mirrored pass': (False, unchanged),
+        'one scan ruined': (True, with_a_ruined_scan),
+        'the others without it': (True, lambda images: images[1:]),
     }
     settings = load_settings(args.settings)
     # Scans are ruined here, in all groups alike.
     settings = replace(settings, group=replace(settings.group, ruined_probability=0.0))
     rows = []
-    for name, (variant, both_sides, change) in variants.items():
+    for name, (both_sides, change) in variants.items():
         cases = held_out_cases(
-            variant,
+            model,
             maps,
             donors=donors,
             samples=args.samples,
@@ -83,17 +71,8 @@ def main() -> None:
             both_sides=both_sides,
             change=change,
         )
-        shares = []
-
-        def seen(cases: Iterable[Case], shares: list[float] = shares) -> Iterator[Case]:
-            for case in cases:
-                shares.append(float(case.prediction.scan_weights[0]))
-                yield case
-
-        table = summarise(evaluate(seen(cases)))['all']
-        shown = {k: table[k] for k in ('mean', 'L-WM', 'L-CTX') if k in table}
-        shown['share of the first scan'] = round(sum(shares) / len(shares), 3)
-        rows.append({'network': name, **shown})
+        table = summarise(evaluate(cases))['all']
+        rows.append({'network': name, **{k: table[k] for k in ('mean', 'L-WM', 'L-CTX')}})
         print(rows[-1], flush=True)
     print(pd.DataFrame(rows).to_string(index=False))
 

@@ -25,14 +25,12 @@ class Sample:
     ----------
     images : (G, *size) float32 in 0..1
     target : (*size) int64, network channels
-    ruined : (G,) bool, the scans that motion has ruined
     record : the seed, and every choice that was made by name; with the same maps and settings
         `draw_sample(maps, seed=record['seed'])` draws the sample again
     """
 
     images: Tensor
     target: Tensor
-    ruined: Tensor
     record: Mapping[str, object]
 
 
@@ -61,16 +59,16 @@ def draw_sample(
     counts = range(1, len(settings.group_shares) + 1)
     scans = draws.choice('scans', counts, settings.group_shares)
     inner = draws.scope('group')
-    ruined = torch.zeros(scans, dtype=torch.bool, device=classes.device)
+    ruined = None
     if scans > 1 and inner.chance('ruined', settings.group.ruined_probability):
-        ruined[inner.integer('ruined scan', 1, scans) - 1] = True
+        ruined = inner.integer('ruined scan', 1, scans) - 1
     images, views = [], []
     for i in range(scans):
         image, view = draw_scan(
             classes,
             visible,
             anatomy,
-            _ruin(settings) if ruined[i] else settings,
+            _ruin(settings) if i == ruined else settings,
             table=table,
             first=i == 0,
             draws=draws.scope(f'scan {i + 1}'),
@@ -82,7 +80,7 @@ def draw_sample(
         seen = seen | view
     channel = torch.from_numpy(table.channel).to(classes.device)
     target = channel.index_select(0, classes.view(-1)).view(classes.shape) * seen
-    return Sample(torch.stack(images), target, ruined, {'seed': seed, **draws.log})
+    return Sample(torch.stack(images), target, {'seed': seed, **draws.log})
 
 
 def _ruin(settings: SynthesisSettings, /) -> SynthesisSettings:

@@ -30,15 +30,12 @@ from babyseg_bids.synthesis.settings import SynthesisSettings, load_settings
 HELD_OUT = ('03mo', '08mo', '24mo')
 DEFAULT_NETWORK = NetworkConfig(
     labels=len(label_table()),
-    encoder=(16, 32, 64, 128),
-    decoder=(128, 128, 96, 32),
-    head=(32,),
-    attention=8,
+    encoder=(16, 48, 96, 128),
+    decoder=(128, 128, 96, 64),
+    join=64,
 )
 # Hard Dice costs a twentieth of a step, so only some steps have it.
 _MEASURE_EVERY = 5
-# Weight in the loss of the share that a ruined scan gets from the learned weights.
-_RUINED_WEIGHT = 0.5
 _FIELDS = ('step', 'stage', 'spacing', 'loss', 'dice', 'rate', 'seconds')
 
 
@@ -83,7 +80,6 @@ class TrainingPlan:
     checkpointing : see `GroupUNet`
     rate : peak learning rate; it warms up, stays, and falls to zero over the last `decay` share
     average : decay of the exponential moving average of the weights
-    only : the part of the network that is trained (`attention`, `add`, `dec`, `enc`); None for all
     """
 
     stages: tuple[Stage, ...]
@@ -97,7 +93,6 @@ class TrainingPlan:
     clip: float = 1.0
     bfloat16: bool = False
     checkpointing: bool = False
-    only: str | None = None
 
     def __post_init__(self) -> None:
         for stage in self.stages:
@@ -154,8 +149,8 @@ class SyntheticBatches(Dataset):
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __getitem__(self, item: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, G, *size), target (B, *size), ruined (B, G) of the step `start + item`."""
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
+        """Images (B, G, *size) and target (B, *size) of the step `start + item`."""
         torch.set_num_threads(1)
         step = self.start + item
         stage = self.plan.stages[self.plan.stage_at(step)]
@@ -171,9 +166,7 @@ class SyntheticBatches(Dataset):
             draw_sample(self.maps, seed=seed * 64 + i, settings=settings, table=self.table)
             for i in range(self.rank * stage.batch, (self.rank + 1) * stage.batch)
         ]
-        parts = ([getattr(s, name) for s in samples] for name in ('images', 'target', 'ruined'))
-        images, target, ruined = (torch.stack(p) for p in parts)
-        return images, target, ruined
+        return torch.stack([s.images for s in samples]), torch.stack([s.target for s in samples])
 
 
 class Trainer:
@@ -199,9 +192,6 @@ class Trainer:
         layout = torch.channels_last_3d if plan.network.dim == 3 else torch.channels_last
         self.network = network.to(device, memory_format=layout)
         self.averaged = deepcopy(self.network).requires_grad_(False)
-        if plan.only:
-            self.network.requires_grad_(False)
-            getattr(self.network, plan.only).requires_grad_(True)
         self.optimiser = Muon(self.network.parameters(), rate=plan.rate, bfloat16=plan.bfloat16)
         self.step = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -260,26 +250,21 @@ class Trainer:
         torch.save(state, temporary)
         temporary.replace(self.folder / name)
 
-    def train_step(self, images: Tensor, target: Tensor, ruined: Tensor, /) -> tuple[float, float]:
+    def train_step(self, images: Tensor, target: Tensor, /) -> tuple[float, float]:
         """One optimiser step; loss and mean hard Dice (or NaN).
 
         Parameters
         ----------
         images : (B, G, *size)
         target : (B, *size)
-        ruined : (B, G) bool, scans whose learned weight is a loss
         """
         rate = self.plan.rate_at(self.step)
         for group in self.optimiser.param_groups:
             group['lr'] = rate
         images, target = images.to(self.device), target.to(self.device)
         with torch.autocast(self.device.split(':')[0], torch.bfloat16, enabled=self.plan.bfloat16):
-            output = self.network.output(images)
-        logits = output.logits
+            logits = self.network(images)
         loss = dice_cross_entropy(logits, target)
-        if ruined.any():
-            shares = output.weights.float().flatten(2).mean(2)
-            loss = loss + _RUINED_WEIGHT * shares[ruined.to(self.device)].sum() / len(images)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self._share_gradients()
@@ -299,7 +284,6 @@ class Trainer:
         if self.world == 1:
             return
         parameters = list(self.network.parameters())
-        # Some parts may be without gradients (attention with one scan), in all processes alike.
         gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])
         distributed.all_reduce(flat)
@@ -342,10 +326,10 @@ class Trainer:
         )
         log = _Log(self.folder, self.plan.steps, quiet=bool(self.rank))
         with freed_memory_kept():
-            for images, target, ruined in batches:
+            for images, target in batches:
                 stage = self.plan.stage_at(self.step)
                 rate = self.plan.rate_at(self.step)
-                loss, dice = self.train_step(images, target, ruined)
+                loss, dice = self.train_step(images, target)
                 log.add(self.step, stage, self.plan.stages[stage].spacing, loss, dice, rate)
                 if self.step % save_every == 0 or self.step == end:
                     self.save()

@@ -58,11 +58,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar='NAME|FILE',
         help='model whose weights a new training starts with (default: random weights)',
     )
-    fit.add_argument(
-        '--only',
-        choices=('attention', 'add', 'dec', 'enc'),
-        help="train this part alone: the scans' learned weights, head, decoder or encoder",
-    )
     fit.add_argument('--rate', type=float, default=3e-3, help='peak learning rate')
     fit.add_argument(
         '--scan-shares',
@@ -224,7 +219,6 @@ def _fit(args: argparse.Namespace) -> None:
         synthesis=settings,
         bfloat16=args.precision == 'bfloat16' or (args.precision == 'auto' and prefers),
         checkpointing=args.checkpointing,
-        only=args.only,
     )
     everyone = load_maps(args.maps)
     held_out = [m for m in everyone if m.name in HELD_OUT]

@@ -123,7 +123,6 @@ def publish(out_dir, subject='01', label='A', months=6.0, scale=1.0, flags=(), *
         'version': '0.1.0',
         'device': 'cpu',
         'seconds': 12.5,
-        'scan_weights': [0.5, 0.5],
         'inputs': [{'path': 'a', 'sha256': f'{subject}{label}'}],
         'flags': [asdict(f) for f in flags],
         **ledger,

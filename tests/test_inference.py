@@ -21,7 +21,7 @@ from babyseg_bids.network.grid import (
 from babyseg_bids.network.intensity import normalise
 from babyseg_bids.network.prediction import predict, remove_islands
 from babyseg_bids.network.tissue import redistribute
-from babyseg_bids.network.unet import GroupUNet, NetworkConfig, Output
+from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 from babyseg_bids.network.weights import new_model, save_model
 
 CODES = [
@@ -33,11 +33,6 @@ class Stand(torch.nn.Module):
     """A network whose `forward` gives the logits."""
 
     config = NetworkConfig(labels=28, encoder=(1,) * 4, decoder=(1,) * 4)
-
-    def output(self, x):
-        logits = self(x)
-        weights = torch.full((*x.shape[:2], 1, *x.shape[2:]), 1 / x.shape[1])
-        return Output(logits, weights)
 
 
 class SideNetwork(Stand):
@@ -139,7 +134,6 @@ def test_a_second_scan_on_another_grid_is_brought_onto_the_first(sides):
     one = segment([(image, affine)], sides, device='cpu')
     two = segment([(image, affine), (other, other_affine)], sides, device='cpu')
     assert (one.labels != two.labels).mean() < 0.01
-    assert two.scan_weights == (0.5, 0.5)
 
 
 def test_order_of_further_scans_changes_no_bit(sides):
@@ -408,11 +402,8 @@ def test_a_head_that_faces_backwards_is_noticed_and_keeps_its_own_sides(backward
 def doubling():
     """A small random model whose network works at 2 mm for results at 1 mm."""
     torch.manual_seed(0)
-    config = NetworkConfig(labels=28, encoder=(4, 4), decoder=(4, 4), head=(4,), attention=4)
+    config = NetworkConfig(labels=28, encoder=(4, 4), decoder=(4, 4), join=4)
     network = GroupUNet(config).eval().requires_grad_(False)
-    for name, parameter in network.named_parameters():
-        if name.startswith('attention.score'):
-            torch.nn.init.normal_(parameter)
     return Model('doubling', '0', network, label_table(), 1.0, 8, {}, factor=2)
 
 
@@ -455,13 +446,13 @@ class Bright(torch.nn.Module):
         self.sizes = []
         self.scans = []
 
-    def output(self, x):
+    def forward(self, x):
         self.sizes.append(tuple(x.shape[2:]))
         self.scans.append(x.shape[1])
         logits = x.new_full((1, 28, *x.shape[2:]), -9.0)
         logits[:, 0] = 4.0
         logits[:, int(np.flatnonzero(label_table().indices == 16)[0])] = x.mean(1)
-        return Output(logits, torch.ones_like(x)[:, :, None])
+        return logits
 
 
 def test_further_passes_see_the_brain_and_its_surroundings_only():
@@ -502,17 +493,6 @@ def test_a_mirrored_head_gives_the_mirrored_result_at_half_the_voxel_size(doubli
     mirror = torch.from_numpy(label_table().mirror_channels)
     p, q = posteriors(x, doubling), posteriors(x.flip(1), doubling)
     torch.testing.assert_close(p, q.flip(1)[mirror], atol=1e-5, rtol=0)
-
-
-def test_scan_weights_follow_their_scans(doubling):
-    image, affine = phantom()
-    rng = np.random.default_rng(0)
-    scans = [(image + s * rng.random(image.shape, np.float32), affine) for s in (0, 50, 200)]
-    weights = segment(scans, doubling, device='cpu').scan_weights
-    assert sum(weights) == pytest.approx(1)
-    assert len(set(weights)) == 3
-    swapped = segment([scans[0], scans[2], scans[1]], doubling, device='cpu').scan_weights
-    assert swapped == pytest.approx((weights[0], weights[2], weights[1]), abs=1e-6)
 
 
 def test_the_temperature_softens_the_posteriors(doubling):

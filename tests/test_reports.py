@@ -111,7 +111,6 @@ def report_data(folder, affine=None, labels=None, **changes):
         'uncertainty': folder / 'uncertainty.nii.gz',
         'figures_dir': folder / 'figures',
         'transforms': ({'scan': 'T2w', 'status': 'rigid', 'rotation_deg': 4.25},),
-        'scan_weights': (0.6, 0.4),
         'model': 'small 1.2',
         'device': 'cpu',
         'seconds': 75.0,
@@ -144,7 +143,7 @@ def test_a_session_page_tells_what_was_done(report):
     page, _ = report
     for text in (
         'sub-01_ses-A', '6 months', 'from: participants.tsv', 'small 1.2', '1 min 15 s', 'on cpu',
-        '60 %', '40 %', 'turned by 4.2°', 'the file is truncated', 'Neurological convention',
+        'turned by 4.2°', 'the file is truncated', 'Neurological convention',
         'First line second line.', 'Segmented brain volume',
     ):  # fmt: skip
         assert text in page.words, text

@@ -107,7 +107,7 @@ def test_scopes_do_not_disturb_each_other():
     assert Draws(1).scope('a').noise(3).tolist() == Draws(1).scope('a').noise(3).tolist()
 
 
-def test_a_ruined_scan_is_marked_and_leaves_the_others_as_they_were():
+def test_a_ruined_scan_is_written_down_and_leaves_the_others_as_they_were():
     settings = replace(SETTINGS_2D, group_shares=(0.0, 0.0, 1.0))
     never, always = (
         replace(settings, group=replace(settings.group, ruined_probability=p)) for p in (0.0, 1.0)
@@ -115,14 +115,15 @@ def test_a_ruined_scan_is_marked_and_leaves_the_others_as_they_were():
     marked = set()
     for seed in range(16):
         a, b = (draw_sample([phantom()], seed=seed, settings=s) for s in (never, always))
-        assert not a.ruined.any() and b.ruined.sum() == 1
+        assert 'ruined scan' not in a.record['group']
+        ruined = b.record['group']['ruined scan'] - 1
         assert torch.equal(a.target, b.target)
         same = torch.tensor([torch.equal(i, j) for i, j in zip(a.images, b.images, strict=True)])
-        assert torch.equal(same, ~b.ruined)
-        marked.add(int(b.ruined.int().argmax()))
+        assert same.tolist() == [i != ruined for i in range(3)]
+        marked.add(ruined)
     assert marked == {0, 1, 2}
     alone = replace(always, group_shares=(1.0,))
-    assert not draw_sample([phantom()], seed=0, settings=alone).ruined.any()
+    assert 'ruined scan' not in draw_sample([phantom()], seed=0, settings=alone).record['group']
 
 
 def test_each_thing_that_may_happen_changes_the_image_and_only_some_the_labels():

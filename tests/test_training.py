@@ -108,10 +108,10 @@ def test_weight_decay_spares_vectors():
 
 def test_a_training_may_start_from_a_model_that_lacks_layers(tmp_path):
     first = Trainer(PLAN, tmp_path / 'a')
-    plan = replace(PLAN, network=replace(NETWORK, attention=4))
-    second = Trainer(plan, tmp_path / 'b')
-    second.start_from(first.network.state_dict())
-    for name, weight in first.network.state_dict().items():
+    second = Trainer(replace(PLAN, seed=1), tmp_path / 'b')
+    known = {k: v for k, v in first.network.state_dict().items() if not k.startswith('add')}
+    second.start_from(known)
+    for name, weight in known.items():
         assert torch.equal(second.averaged.state_dict()[name], weight)
     with pytest.raises(InputError, match='do not fit'):
         second.start_from({'enc.0.0.conv_b.weight': torch.zeros(1)})
@@ -204,7 +204,7 @@ def test_training_lowers_the_loss():
     torch.manual_seed(0)
     from babyseg_bids.network.unet import GroupUNet
 
-    images, target, _ = SyntheticBatches([phantom(3)], PLAN, 0, 8)[0]
+    images, target = SyntheticBatches([phantom(3)], PLAN, 0, 8)[0]
     network = GroupUNet(NETWORK)
     optimiser = torch.optim.Adam(network.parameters(), lr=0.01)
     losses = []
@@ -215,39 +215,6 @@ def test_training_lowers_the_loss():
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
-
-
-def test_the_weight_of_a_ruined_scan_is_learnt(tmp_path):
-    network = NetworkConfig(labels=28, encoder=(4,), decoder=(4,), head=(4,), attention=4)
-    images = torch.rand(2, 3, 16, 16, 16)
-    images[0, 1] = images[1, 2] = 0  # Nothing to be seen.
-    target = torch.randint(0, 28, (2, 16, 16, 16))
-    ruined = torch.tensor([[False, True, False], [False, False, True]])
-    stages = (Stage(4.0, (16, 16, 16), 200, 2),)
-    plan = TrainingPlan(stages, network=network, rate=0.05, decay=1e-6)
-    trainer = Trainer(plan, tmp_path)
-    first, _ = trainer.train_step(images, target, ruined)
-    without, _ = Trainer(plan, tmp_path / 'other').train_step(images, target, ~ruined & ruined)
-    assert first == pytest.approx(without + 0.5 / 3, abs=1e-4)
-    for _ in range(150):
-        trainer.train_step(images, target, ruined)
-    with torch.no_grad():
-        weights = trainer.network.output(images).weights.flatten(2).mean(2)
-    assert (weights[ruined] < 0.1).all()
-
-
-def test_a_part_alone_is_trained(tmp_path):
-    network = NetworkConfig(labels=28, encoder=(2,), decoder=(2,), head=(2,), attention=2)
-    plan = replace(PLAN, network=network, only='attention')
-    trainer = Trainer(plan, tmp_path)
-    before = {k: v.clone() for k, v in trainer.network.state_dict().items()}
-    images = torch.rand(1, 2, 16, 16, 16)
-    target = torch.randint(0, 28, (1, 16, 16, 16))
-    for _ in range(2):
-        trainer.train_step(images, target, torch.tensor([[True, False]]))
-    changed = {k for k, v in trainer.network.state_dict().items() if not torch.equal(v, before[k])}
-    assert 'attention.score.weight' in changed
-    assert all(k.startswith('attention.') for k in changed)
 
 
 def test_the_command_trains_and_exports_a_model_that_loads(tmp_path):

@@ -105,7 +105,6 @@ def report_data(
             uncertainty=output / names.image('desc-uncertainty_probseg.nii.gz'),
             figures_dir=figures,
             transforms=tuple({**a, 'scan': _label(a['scan'])} for a in ledger['alignments']),
-            scan_weights=tuple(w for w in ledger['scan_weights'] if w > 0),
             model=ledger['model'],
             device=ledger['device'],
             seconds=ledger['seconds'],

@@ -140,7 +140,7 @@ class _SegmentOutput(TraitedSpec):
     mask = File(exists=True)
     uncertainty = File(exists=True)
     probabilities = File(desc='only when asked for')
-    measures = File(exists=True, desc='JSON: soft volumes, confidence, weights, device, time')
+    measures = File(exists=True, desc='JSON: soft volumes, confidence, device, time')
 
 
 class SegmentScans(SimpleInterface):
@@ -159,7 +159,7 @@ class SegmentScans(SimpleInterface):
         alignments = read_alignments(self.inputs.alignments)
         images = [load_image(s.path) for s in session.scans]
         model = load_model(self.inputs.model)
-        result, weights = segment_aligned(
+        result = segment_aligned(
             images,
             alignments,
             model,
@@ -185,7 +185,6 @@ class SegmentScans(SimpleInterface):
         measures = {
             'soft_volumes': result.soft_volumes,
             'confidence': result.confidence,
-            'scan_weights': weights,
             'device': result.device,
             'seconds': round(time.monotonic() - began, 2),
             'model': f'{model.name} {model.version}',
@@ -410,7 +409,6 @@ class ReportSession(SimpleInterface):
             uncertainty=Path(self.inputs.uncertainty),
             figures_dir=figures,
             transforms=tuple(transforms),
-            scan_weights=tuple(w for w in measures['scan_weights'] if w > 0),
             model=measures['model'],
             device=measures['device'],
             seconds=measures['seconds'],
@@ -475,7 +473,7 @@ class PublishSession(SimpleInterface):
         ledger = {
             **session.to_dict(),
             'version': __version__,
-            **{k: measures[k] for k in ('model', 'device', 'seconds', 'scan_weights', 'turned')},
+            **{k: measures[k] for k in ('model', 'device', 'seconds', 'turned')},
             'settings': self.inputs.settings,
             'inputs': [input_record(s) for s in given.scans],
             'alignments': [

@@ -43,7 +43,6 @@ class Segmentation:
     probabilities : (X, Y, Z, C) float16, or None
     soft_volumes : sum of a label's probabilities by FreeSurfer number, mm3
     confidence : mean probability inside each label; NaN where it is absent
-    scan_weights : share that each scan had in the brain, in the order given; they sum to one
     device, seconds : where the network ran, and the time of the whole call
     turned : whether the head faces backwards in the world of its header (see
         `prediction.predict`); the sides of the labels are then those of the child
@@ -54,7 +53,6 @@ class Segmentation:
     probabilities: np.ndarray | None
     soft_volumes: dict[int, float]
     confidence: dict[int, float]
-    scan_weights: tuple[float, ...]
     device: str
     seconds: float
     turned: bool = False
@@ -90,7 +88,6 @@ def segment(
     where = choose_device(device)
     image, affine = scans[0]
     turned = False
-    weights = np.full(len(scans), 1 / len(scans))
     # Of the official network, several scans would leave holes of gigabytes in what is kept.
     kept = nullcontext() if model.official and len(scans) > 1 else freed_memory_kept()
     with torch.inference_mode(), kept:
@@ -99,14 +96,12 @@ def segment(
             posteriors = predict_official(prepared, model, device=where)
         else:
             prepared, grid = _prepare(scans, model, where)
-            order = _fixed_order(prepared)
-            prepared = prepared[order]
+            prepared = prepared[_fixed_order(prepared)]
             if len(scans) > 1:
                 give_back_freed_memory()
             result = predict(prepared, model, device=where, either_way=True)
             posteriors, turned, where = result.posteriors, result.turned, result.device
             grid = grid.part(result.box)
-            weights[order] = result.scan_weights.cpu().numpy()
         labels, uncertainty, probabilities, volumes, confidence = _to_reference(
             posteriors, grid, image.shape, affine, model, keep_probabilities
         )
@@ -116,7 +111,6 @@ def segment(
         probabilities=probabilities,
         soft_volumes=volumes,
         confidence=confidence,
-        scan_weights=tuple(weights.tolist()),
         device=where,
         seconds=time.monotonic() - began,
         turned=turned,

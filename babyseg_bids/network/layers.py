@@ -68,32 +68,6 @@ class GroupConv(nn.Module):
         return (own.weight + common.weight) / 2, (own.bias + common.bias) / 2
 
 
-class ScanAttention(nn.Module):
-    """How much each scan counts at each voxel, from its own features and the group's mean.
-
-    The weights are a softmax over scans of a learned score, so they sum to one, follow a
-    permutation of the scans, and are one for a single scan. The score starts at zero, which is
-    the plain mean.
-
-    Parameters
-    ----------
-    dim : number of spatial dimensions, 1 to 3
-    channels : of the features
-    hidden : channels between features and score
-    """
-
-    def __init__(self, dim: int, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.hidden = GroupConv(dim, channels, hidden, kernel=1)
-        self.score = _CONV_MODULE[dim](hidden, 1, 1, bias=False)
-        nn.init.zeros_(self.score.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Weights (B, G, 1, *size) of features (B, G, C, *size)."""
-        hidden = F.elu(self.hidden(x), inplace=not torch.is_grad_enabled())
-        return grouped(self.score(flat(hidden)), x.shape[1]).softmax(1)
-
-
 class InstanceNorm(nn.Module):
     """Normalise every channel of every scan over space, with learned scale and shift.
 
@@ -169,18 +143,12 @@ class Activation(nn.Module):
         return F.elu(x, inplace=not torch.is_grad_enabled())
 
 
-def total_over_scans(x: Tensor, weights: Tensor | None = None, /) -> Tensor:
-    """Sum over the scans of (B, G, C, *size), weighted by (B, G, 1, *size) if given."""
+def total_over_scans(x: Tensor, /) -> Tensor:
+    """Sum over the scans of (B, G, C, *size)."""
     # Scan after scan: torch's own sum over the scans takes a quarter of the U-Net's time.
-    first, *others = x.unbind(1)
-    if weights is None:
-        total = first
-        for scan in others:
-            total = total + scan
-        return total
-    total = first * weights[:, 0]
-    for g, scan in enumerate(others, start=1):
-        total = torch.addcmul(total, scan, weights[:, g])
+    total, *others = x.unbind(1)
+    for scan in others:
+        total = total + scan
     return total
 
 

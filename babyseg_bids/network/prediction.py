@@ -12,7 +12,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from babyseg_bids.network.tissue import redistribute
-from babyseg_bids.network.unet import GroupUNet, Output
+from babyseg_bids.network.unet import GroupUNet
 from babyseg_bids.network.weights import Model
 from babyseg_bids.resources import GIB, give_back_freed_memory, memory_limit
 
@@ -59,14 +59,12 @@ class Prediction:
     ----------
     posteriors : (C, *box), float32, background first
     box : part of the working grid that they cover; background is sure outside
-    scan_weights : (G,) share of each scan in the brain; they sum to one
     turned : whether the head faces backwards in the grid (see `predict`)
     device : where the network ran in the end
     """
 
     posteriors: Tensor
     box: Box
-    scan_weights: Tensor
     turned: bool
     device: str = 'cpu'
 
@@ -160,42 +158,37 @@ def _predict(
         view = _AHEAD
         # One scan is enough to find the head and its direction: the last, which shows most of it
         # in the order that `inference` gives.
-        logits, weights = _look(small[-1:], model, view, limit)
+        logits = _look(small[-1:], model, view, limit)
         background = _background(logits, model)
         remove_islands(background, spacing=spacing)
         part = _part_with_brain(background, network)
         scans = scans[(slice(None), *_scaled(part, factor))]
         # Copies, so that the memory of the whole volume is given back.
-        small, weights = small[(slice(None), *part)], weights[(..., *part)].clone()
-        logits = logits[(slice(None), *part)].clone()
+        small, logits = small[(slice(None), *part)], logits[(slice(None), *part)].clone()
         del background
         if either_way:
-            logits_back, weights_back = _look(small[-1:], model, _BACK, limit)
+            logits_back = _look(small[-1:], model, _BACK, limit)
             fit, fit_back = (
                 deep_fit(_softmax(x, model), small[-1:], model) for x in (logits, logits_back)
             )
             if fit_back - fit > _TURN_MARGIN:
-                view, weights, logits = _BACK, weights_back, logits_back
-            del weights_back, logits_back
+                view, logits = _BACK, logits_back
+            del logits_back
         if len(small) > 1:
-            logits, weights = _look(small, model, view, limit)
-        seen = {view: weights}
+            logits = _look(small, model, view, limit)
         if both_sides:
             mirrored = _BACK_MIRRORED if view == _BACK else _AHEAD_MIRRORED
-            others, seen[mirrored] = _look(small, model, mirrored, limit)
-            logits = torch.lerp(logits, others, 0.5)
-            del others
+            logits = torch.lerp(logits, _look(small, model, mirrored, limit), 0.5)
         background = _background(logits, model)
         islands = remove_islands(background, spacing=spacing)
         logits[:, islands] = _NOTHING
         logits[0, islands] = 0
         near = _near_brain(background)
-        shares = _scan_weights(seen, background)
         posteriors = _interpolated(logits, near, model)
         box, part = _scaled(_box(near), factor), _scaled(part, factor)
     # In full precision, since variances are small differences.
     redistribute(posteriors, scans[(slice(None), *box)], model.labels, spacing=model.spacing)
-    return Prediction(posteriors, _shifted(box, part), shares, turned=view == _BACK, device=device)
+    return Prediction(posteriors, _shifted(box, part), turned=view == _BACK, device=device)
 
 
 def autocast(device: str) -> torch.autocast:
@@ -211,14 +204,15 @@ def autocast(device: str) -> torch.autocast:
 def _bytes_a_voxel(model: Model, scans: int) -> int:
     """Memory that the U-Net needs at its peak, bytes for each voxel of its grid."""
     config = model.network.config
-    # At full size live the features of every scan, twice while they are joined, and the logits of
-    # up to three views.
-    width = 3 * scans * (config.encoder[0] + config.decoder[-1]) + 3 * config.labels
+    # At full size live the first level of every scan, thrice while it is computed, what the last
+    # step up makes of their mean, and the logits of up to three views.
+    last = config.join or config.encoder[0] + config.decoder[-1]
+    width = 3 * scans * config.encoder[0] + 4 * last + 3 * config.labels
     return 4 * width  # type: ignore[no-any-return]
 
 
-def _output(scans: Tensor, network: GroupUNet, view: _View, limit: int) -> Output:
-    """The U-Net's result on a view, in blocks if the volume has more voxels than `limit`."""
+def _in_view(scans: Tensor, network: GroupUNet, view: _View, limit: int) -> Tensor:
+    """Logits (C, *size) in a view's axes; in blocks, if there are more voxels than `limit`."""
     if len(scans) > 1:
         # Passes with several scans need most memory of all, in pieces of other sizes.
         give_back_freed_memory()
@@ -227,18 +221,14 @@ def _output(scans: Tensor, network: GroupUNet, view: _View, limit: int) -> Outpu
     multiple = network.config.multiple
     blocks = list(_overlapping(size, limit, multiple))
     if len(blocks) == 1:
-        return network.output(x)
-    total: list[Tensor] = []
+        return network(x)[0]  # type: ignore[no-any-return]
+    total = torch.zeros((network.config.labels, *size), device=x.device)
     weight = torch.zeros(size, device=x.device)
     for block in blocks:
-        part = network.output(x[(..., *block)])
         ramp = _ramp(block, size).to(x.device)
         weight[block] += ramp
-        for i, values in enumerate((part.logits, part.weights)):
-            if len(total) <= i:
-                total.append(values.new_zeros((*values.shape[:-3], *size)))
-            total[i][(..., *block)] += values * ramp
-    return Output(*(t.div_(weight) for t in total))
+        total[(slice(None), *block)] += network(x[(..., *block)])[0] * ramp
+    return total.div_(weight)
 
 
 def _overlapping(size: Sequence[int], limit: int, multiple: int) -> Iterator[Box]:
@@ -271,13 +261,12 @@ def _ramp(block: Box, size: Sequence[int]) -> Tensor:
     return ramp
 
 
-def _look(scans: Tensor, model: Model, view: _View, limit: int) -> tuple[Tensor, Tensor]:
-    """Logits (C, *size) in the scans' own axes and sides, and the weights of scans in the view."""
+def _look(scans: Tensor, model: Model, view: _View, limit: int) -> Tensor:
+    """Logits (C, *size) of a view, in the scans' own axes and sides."""
     network: GroupUNet = model.network  # type: ignore[assignment]
-    result = _output(scans, network, view, limit)
-    logits = view.turn(result.logits[0])
+    logits = view.turn(_in_view(scans, network, view, limit))
     # In a mirrored view each label has the channel of its partner.
-    return (logits[model.labels.mirror_channels] if view.mirrored else logits), result.weights
+    return logits[model.labels.mirror_channels] if view.mirrored else logits
 
 
 def _softmax(logits: Tensor, model: Model) -> Tensor:
@@ -296,18 +285,6 @@ def _background(logits: Tensor, model: Model) -> Tensor:
     # An infinite sum is right, too: nothing is left for the background then.
     odds = (voxels - voxels[..., :1]).float().div_(model.temperature).exp_().sum(-1)
     return odds.reciprocal_()
-
-
-def _scan_weights(seen: dict[_View, Tensor], background: Tensor) -> Tensor:
-    """Mean weight of each scan (G,) over the brain, from those in each view (1, G, 1, *size)."""
-    brain = 1 - background
-    total = sum(
-        (view.turn(weights[0, :, 0].float()) * brain).sum((1, 2, 3), dtype=torch.float64)
-        for view, weights in seen.items()
-    )
-    assert isinstance(total, Tensor)
-    whole = total.sum()
-    return total / whole if whole > 0 else torch.full_like(total, 1 / len(total))
 
 
 def _near_brain(background: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from babyseg_bids.network.layers import (
     Activation,
     GroupConv,
     InstanceNorm,
-    ScanAttention,
     concatenate,
     convolve,
     convolve_upsampled,
@@ -39,7 +38,8 @@ class NetworkConfig:
     repeats : convolutions a level
     dim : spatial dimensions
     norm : instance normalisation after each convolution but the last
-    attention : hidden channels of the scans' learned weights; 0 for their plain mean
+    join : channels in which the last step up joins the skip connection and the decoder: both are
+        convolved before the second is up-sampled, and added. 0 for the published concatenation.
     """
 
     labels: int
@@ -49,7 +49,7 @@ class NetworkConfig:
     repeats: int = 2
     dim: int = 3
     norm: bool = True
-    attention: int = 0
+    join: int = 0
 
     def __post_init__(self) -> None:
         for name in ('encoder', 'decoder', 'head'):  # JSON gives lists.
@@ -80,18 +80,30 @@ def _level(config: NetworkConfig, inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-@dataclass(frozen=True)
-class Output:
-    """What the U-Net knows of a child.
+class _Join(nn.Module):
+    """The last step up: skip connection and decoder side by side, at the cost of the coarse one.
 
-    Parameters
-    ----------
-    logits : (B, labels, *size)
-    weights : (B, G, 1, *size) of the scans; they sum to one over scans
+    A convolution of the up-sampled decoder at full resolution would be the U-Net's largest; at
+    half the resolution it costs an eighth.
     """
 
-    logits: Tensor
-    weights: Tensor
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.fine = GroupConv(config.dim, config.encoder[0], config.join)
+        self.coarse = GroupConv(config.dim, config.decoder[-1], config.join)
+        after: list[nn.Module] = [InstanceNorm(config.join)] if config.norm else []
+        self.after = nn.Sequential(*after, Activation())
+
+    def forward(self, skip: Tensor, x: Tensor) -> Tensor:
+        """(B, G, join, *size) of (B, G, encoder[0], *size) and (B, G, decoder[-1], *half)."""
+        # The coarse one first: its result is small while the fine one is computed.
+        coarse = self.coarse(x)
+        fine = self.fine(skip)
+        up = upsample(coarse)
+        total = fine + up if torch.is_grad_enabled() else fine.add_(up)
+        del fine, up
+        result: Tensor = self.after(total)
+        return result
 
 
 class GroupUNet(nn.Module):
@@ -99,8 +111,8 @@ class GroupUNet(nn.Module):
 
     Encoder levels keep their output as skip connection and pool by 2. Decoder levels convolve,
     up-sample and concatenate `[skip, up-sampled]`. At full resolution the scans are merged, and
-    the head turns the result into logits. Without `norm`, `head` and `attention` this is the
-    published network, with its parameter names.
+    the head turns the result into logits. Without `norm`, `head` and `join` this is the published
+    network, with its parameter names.
 
     Parameters
     ----------
@@ -120,9 +132,10 @@ class GroupUNet(nn.Module):
         for width, skip in zip(config.decoder, reversed(config.encoder), strict=True):
             self.dec.append(_level(config, channels, width))
             channels = width + skip
-        self.attention = None
-        if config.attention:
-            self.attention = ScanAttention(config.dim, channels, config.attention)
+        self.join = None
+        if config.join:
+            self.join = _Join(config)
+            channels = config.join
         head: list[nn.Module] = []
         for width in config.head:
             head.append(GroupConv(config.dim, channels, width))
@@ -130,8 +143,8 @@ class GroupUNet(nn.Module):
                 head.append(InstanceNorm(width))
             head.append(Activation())
             channels = width
-        # A head of its own has seen the neighbourhood already; a pointwise layer is enough then.
-        kernel = 1 if config.head else 3
+        # Whatever comes between has seen the neighbourhood; a pointwise layer is enough then.
+        kernel = 1 if config.head or config.join else 3
         head.append(GroupConv(config.dim, channels, config.labels, kernel=kernel))
         self.add = nn.Sequential(*head)
 
@@ -143,24 +156,15 @@ class GroupUNet(nn.Module):
         ModelError
             If a spatial size is not a multiple of what the U-Net pools.
         """
-        return self.output(x).logits
-
-    def output(self, x: Tensor) -> Output:
-        """The same with the scans' weights."""
         skip, x = self.levels(x)
         groups = skip.shape[1]
-        plain = self.attention is None or groups == 1
-        if plain and groups > 1:
+        if groups > 1:
             # The mean commutes with up-sampling and joining, and there is less of it.
             skip, x = (total_over_scans(f)[:, None] / groups for f in (skip, x))
-        joined = concatenate(skip, upsample(x))
+        joined = self.join(skip, x) if self.join else concatenate(skip, upsample(x))
         del skip, x  # What follows is where most memory is used.
-        if plain:
-            weights = joined.new_full((len(joined), groups, 1, *joined.shape[3:]), 1 / groups)
-        else:
-            weights = self.attention(joined)
-            joined = total_over_scans(joined, weights)[:, None]
-        return Output(self.add(joined).squeeze(1), weights)
+        logits: Tensor = self.add(joined).squeeze(1)
+        return logits
 
     def levels(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """All but the last step up, of scans (B, G, *size).

@@ -15,7 +15,7 @@ from babyseg_bids.labels import OFFICIAL, LabelTable, is_official, label_table, 
 from babyseg_bids.network.official import SPACING, read_official
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 
-_FORMAT = 'babyseg-2'
+_FORMAT = 'babyseg-3'
 # What a file says of its model beside architecture and labels.
 _DESCRIBED = ('name', 'version', 'spacing', 'factor', 'temperature', 'training')
 

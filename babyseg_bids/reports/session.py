@@ -117,7 +117,7 @@ class SessionReportData:
     """All that the page of a session shows.
 
     `reference_image`, `labels` and `uncertainty` are paths of images on one grid. `figures_dir`
-    receives the pictures as files. `scan_weights` has one weight for each of `inputs.scans`.
+    receives the pictures as files.
     `transforms` has one mapping for each scan but the reference, with any of the keys `scan`,
     `status`, `rotation_deg`, `translation_mm`, `similarity`, `similarity_before`, `reason`,
     `matrix` (world of the scan to world of the reference; without it the scan is not drawn).
@@ -133,7 +133,6 @@ class SessionReportData:
     uncertainty: Path | None
     figures_dir: Path
     transforms: tuple[Mapping[str, Any], ...] = ()
-    scan_weights: tuple[float, ...] = ()
     model: str = 'unknown'
     device: str = 'unknown'
     seconds: float | None = None
@@ -296,13 +295,10 @@ STATUS_LEVELS = {'reference': 'good', 'used': 'good', 'rejected': 'warning'}
 
 
 def _scan_rows(data: SessionReportData) -> list[dict[str, str]]:
-    """The ledger with weights and alignment."""
-    used = (s.relative_path for s in data.inputs.scans)
-    weights = dict(zip(used, data.scan_weights, strict=False))
+    """The ledger with alignment."""
     transforms = {str(t.get('scan')): t for t in data.transforms}
     rows = []
     for row in data.inputs.ledger:
-        weight = weights.get(row.relative_path)
         stem = row.relative_path.rsplit('/', 1)[-1].split('.')[0]
         parts = [p for p in stem.split('_') if not p.startswith(('sub-', 'ses-'))]
         transform = transforms.get(row.relative_path) or transforms.get('_'.join(parts))
@@ -313,7 +309,6 @@ def _scan_rows(data: SessionReportData) -> list[dict[str, str]]:
                 'suffix': row.suffix,
                 'status': row.status if row.status != 'rejected' else 'not used',
                 'level': STATUS_LEVELS.get(row.status, 'info'),
-                'weight': '' if weight is None else say.percent(weight, 0),
                 'reason': row.reason,
                 'alignment': alignment,
             }

@@ -5,7 +5,7 @@ Both heads are cropped and resampled to a coarse grid. The position in which the
 images say otherwise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -88,6 +88,11 @@ class Alignment:
     overlap: float | None = None
     doubt: str = ''
     mirrored: bool = False
+
+
+def used_scans(alignments: Iterable[Alignment], /) -> list[bool]:
+    """Whether each scan is used: the reference, then those that were aligned to it."""
+    return [True, *(a.status != 'refused' for a in alignments)]
 
 
 def _sharpness(similarity: Similarity, matrix: np.ndarray) -> float:

@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import ndimage
 
 from babyseg_bids.agreement import OwnSegmentations
-from babyseg_bids.alignment import Alignment, align
+from babyseg_bids.alignment import Alignment, align, used_scans
 from babyseg_bids.errors import InputError
 from babyseg_bids.morphometry import morphometry_table
 from babyseg_bids.network import Model, Segmentation, load_model, segment
@@ -99,7 +99,7 @@ def segment_aligned(
 ) -> Segmentation:
     """Segment the images that could be aligned, after `preprocess`."""
     matrices = [np.eye(4), *(a.matrix for a in alignments)]
-    kept = [True, *(a.status != 'refused' for a in alignments)]
+    kept = used_scans(alignments)
     treat = partial(preprocess, bias_correction=bias_correction, denoise=denoise)
     scans = [
         (np.asanyarray(treat(image).dataobj), matrix @ image.affine)
@@ -142,7 +142,7 @@ def scans_agreement(
     two scans.
     """
     matrices = [np.eye(4), *(a.matrix for a in alignments)]
-    kept = [True, *(a.status != 'refused' for a in alignments)]
+    kept = used_scans(alignments)
     if sum(kept) < 2:
         return {}
     maps = {}
@@ -263,7 +263,7 @@ class BabySegPipeline:
             self.model.labels,
             agreement=agreement,
         )
-        used = [True, *(a.status != 'refused' for a in alignments)]
+        used = used_scans(alignments)
         doubts = [
             flag
             for i, a in enumerate(alignments, start=2)

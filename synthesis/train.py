@@ -284,7 +284,7 @@ class Trainer:
         if self.world == 1:
             return
         parameters = list(self.network.parameters())
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [p.grad for p in parameters]
         flat = torch.cat([g.flatten() for g in gradients])
         distributed.all_reduce(flat)
         flat /= self.world

@@ -369,7 +369,13 @@ def _export(args: argparse.Namespace) -> None:
     if not checkpoint.exists():
         raise InputError(f'{checkpoint} does not exist; train with `babyseg-train fit` first.')
     state = torch.load(checkpoint, map_location='cpu', weights_only=True)
-    network = GroupUNet(NetworkConfig(**state['network_config']))
+    try:
+        network = GroupUNet(NetworkConfig(**state['network_config']))
+    except TypeError as e:
+        raise InputError(
+            f'{checkpoint} was written by another version of babyseg ({e}); export it with that '
+            'version, or train again.'
+        ) from e
     network.load_state_dict(state['averaged'])
     trained = state['stages'][-1]['spacing']
     wanted = trained / max(1, round(trained)) if args.spacing is None else args.spacing

@@ -60,6 +60,13 @@ def test_repeats_of_a_contrast_are_further_scans_and_not_averaged(monkeypatch):
         np.testing.assert_array_equal(affine, matrix @ AFFINE)
 
 
+def test_a_scan_that_was_left_out_has_no_share(pipeline, monkeypatch):
+    left_out = Alignment(np.eye(4), 'refused', 1.0, 1.0, 0.0, 0.0, 'Left out.')
+    monkeypatch.setattr(pipeline_module, 'align_scans', lambda *_, **__: [left_out])
+    result = pipeline.predict([head(T1), head(T2)], affine=AFFINE)
+    assert result.scan_weights == (1.0, 0.0)
+
+
 def test_unusable_scans_are_refused_in_words(pipeline, tmp_path):
     with pytest.raises(InputError, match='at least one'):
         pipeline.predict([])

@@ -217,6 +217,16 @@ def test_training_lowers_the_loss():
     assert losses[-1] < 0.6 * losses[0]
 
 
+def test_a_checkpoint_of_another_version_is_named(tmp_path, capsys):
+    trainer = Trainer(PLAN, tmp_path)
+    trainer.save()
+    state = torch.load(trainer.checkpoint, weights_only=True)
+    state['network_config']['attention'] = 8
+    torch.save(state, trainer.checkpoint)
+    assert main(['export', str(tmp_path), '--out', str(tmp_path / 'm.safetensors')]) == 1
+    assert 'another version of babyseg' in capsys.readouterr().err
+
+
 def test_the_command_trains_and_exports_a_model_that_loads(tmp_path):
     maps = tmp_path / 'maps.npz'
     save_maps(maps, [phantom(3)])

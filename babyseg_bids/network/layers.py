@@ -152,6 +152,12 @@ def total_over_scans(x: Tensor, /) -> Tensor:
     return total
 
 
+def mean_over_scans(x: Tensor, /) -> Tensor:
+    """Mean over the scans of (B, G, C, *size) as a group of one, (B, 1, C, *size)."""
+    groups = x.shape[1]
+    return x if groups == 1 else total_over_scans(x)[:, None] / groups
+
+
 def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Convolve (B, C, *size) with a kernel (outputs, C, width, ...), 'same' padding."""
     dim, width = x.ndim - 2, weight.shape[-1]

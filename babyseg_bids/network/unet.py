@@ -18,8 +18,8 @@ from babyseg_bids.network.layers import (
     convolve,
     convolve_upsampled,
     max_pool,
+    mean_over_scans,
     single_channel,
-    total_over_scans,
     upsample,
 )
 
@@ -81,10 +81,10 @@ def _level(config: NetworkConfig, inputs: int, outputs: int) -> nn.Sequential:
 
 
 class _Join(nn.Module):
-    """The last step up: skip connection and decoder side by side, at the cost of the coarse one.
+    """The last step up: skip connection and decoder are convolved on their own grids, and added.
 
-    A convolution of the up-sampled decoder at full resolution would be the U-Net's largest; at
-    half the resolution it costs an eighth.
+    The convolution of the up-sampled decoder would be the U-Net's largest; before the up-sampling
+    it needs an eighth of the multiplications.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
@@ -156,11 +156,8 @@ class GroupUNet(nn.Module):
         ModelError
             If a spatial size is not a multiple of what the U-Net pools.
         """
-        skip, x = self.levels(x)
-        groups = skip.shape[1]
-        if groups > 1:
-            # The mean commutes with up-sampling and joining, and there is less of it.
-            skip, x = (total_over_scans(f)[:, None] / groups for f in (skip, x))
+        # The mean over scans commutes with up-sampling and joining, and there is less of it.
+        skip, x = (mean_over_scans(f) for f in self.levels(x))
         joined = self.join(skip, x) if self.join else concatenate(skip, upsample(x))
         del skip, x  # What follows is where most memory is used.
         logits: Tensor = self.add(joined).squeeze(1)
@@ -214,7 +211,7 @@ class _Posteriors(nn.Module):
         x = rescale(x)
         if torch.is_grad_enabled() or x.device.type != 'cpu' or self.network.config.head:
             return self.network(x).softmax(1)
-        skip, x = (f.mean(1) for f in self.network.levels(x))
+        skip, x = (mean_over_scans(f)[:, 0] for f in self.network.levels(x))
         weight, bias = self.network.add[0].folded()
         own, upsampled = weight.split((skip.shape[1], x.shape[1]), dim=1)
         out = skip.new_empty((len(skip), self.network.config.labels, *skip.shape[2:]))

@@ -30,9 +30,9 @@ from babyseg_bids.synthesis.settings import SynthesisSettings, load_settings
 HELD_OUT = ('03mo', '08mo', '24mo')
 DEFAULT_NETWORK = NetworkConfig(
     labels=len(label_table()),
-    encoder=(16, 48, 96, 128),
-    decoder=(128, 128, 96, 64),
-    join=64,
+    encoder=(16, 32, 64, 128),
+    decoder=(128, 128, 96, 32),
+    head=(32,),
 )
 # Hard Dice costs a twentieth of a step, so only some steps have it.
 _MEASURE_EVERY = 5

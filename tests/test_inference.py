@@ -402,7 +402,7 @@ def test_a_head_that_faces_backwards_is_noticed_and_keeps_its_own_sides(backward
 def doubling():
     """A small random model whose network works at 2 mm for results at 1 mm."""
     torch.manual_seed(0)
-    config = NetworkConfig(labels=28, encoder=(4, 4), decoder=(4, 4), join=4)
+    config = NetworkConfig(labels=28, encoder=(4, 4), decoder=(4, 4), head=(4,))
     network = GroupUNet(config).eval().requires_grad_(False)
     return Model('doubling', '0', network, label_table(), 1.0, 8, {}, factor=2)
 

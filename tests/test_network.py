@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import conv3d, interpolate
 
 from babyseg_bids.errors import ModelError
 from babyseg_bids.network.layers import (
@@ -135,7 +134,7 @@ def test_gradients_do_not_depend_on_the_memory_layout(batch, scans):
     [(1, 1, False), (1, 2, False), (2, 1, False), (2, 1, True), (2, 2, True)],
 )
 def test_layers_keep_the_channels_last_layout(batch, scans, learning):
-    config = NetworkConfig(28, (8, 16), (16, 8), (16,), join=16)
+    config = NetworkConfig(28, (8, 16), (16, 8), (16,))
     network = GroupUNet(config).to(memory_format=torch.channels_last_3d)
     lost = []
 
@@ -193,26 +192,11 @@ def test_official_weights_give_the_official_outputs(file, pairs):
             assert difference < 1e-5
 
 
-def test_joining_convolves_skip_and_decoder_before_the_step_up():
-    network = small(3, join=6).requires_grad_(False)
-    skip, x = network.levels(torch.rand(1, 2, 8, 8, 8))
-    fine, coarse = (layer.folded() for layer in (network.join.fine, network.join.coarse))
-    joined = conv3d(skip.mean(1), *fine, padding=1)
-    joined += interpolate(conv3d(x.mean(1), *coarse, padding=1), scale_factor=2, mode='trilinear')
-    expected = network.join.after(joined[:, None])
-    given = [f.mean(1, keepdim=True) for f in (skip, x)]
-    torch.testing.assert_close(network.join(*given), expected)
-
-
-@pytest.mark.parametrize('join', [0, 6])
-def test_merging_scans_is_the_same_before_and_after_the_last_step_up(join):
-    config = NetworkConfig(labels=4, encoder=(4, 6), decoder=(6, 5), join=join, norm=False)
-    network = GroupUNet(config).eval().requires_grad_(False)
-    if join:
-        network.join.after = torch.nn.Identity()  # What follows the sum is not linear.
+def test_merging_scans_is_the_same_before_and_after_the_last_step_up():
+    network = small(3).requires_grad_(False)
     x = torch.rand(1, 3, 8, 8, 8)
     skip, coarse = network.levels(x)
-    late = network.join(skip, coarse) if join else concatenate(skip, upsample(coarse))
+    late = concatenate(skip, upsample(coarse))
     expected = network.add(late.mean(1, keepdim=True)).squeeze(1)
     torch.testing.assert_close(network(x), expected)
 
@@ -221,7 +205,7 @@ def test_checkpointing_changes_no_gradient():
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(2)
-        network = small(3, join=6)
+        network = small(3)
         network.checkpointing = checkpointing
         network(torch.rand(1, 2, 16, 16, 16)).square().sum().backward()
         gradients.append([p.grad for p in network.parameters()])

@@ -206,7 +206,7 @@ def _bytes_a_voxel(model: Model, scans: int) -> int:
     config = model.network.config
     # At full size live the first level of every scan, thrice while it is computed, what the last
     # step up makes of their mean, and the logits of up to three views.
-    last = config.join or config.encoder[0] + config.decoder[-1]
+    last = config.encoder[0] + config.decoder[-1]
     width = 3 * scans * config.encoder[0] + 4 * last + 3 * config.labels
     return 4 * width  # type: ignore[no-any-return]
 

@@ -38,8 +38,6 @@ class NetworkConfig:
     repeats : convolutions a level
     dim : spatial dimensions
     norm : instance normalisation after each convolution but the last
-    join : channels in which the last step up joins the skip connection and the decoder: both are
-        convolved before the second is up-sampled, and added. 0 for the published concatenation.
     """
 
     labels: int
@@ -49,7 +47,6 @@ class NetworkConfig:
     repeats: int = 2
     dim: int = 3
     norm: bool = True
-    join: int = 0
 
     def __post_init__(self) -> None:
         for name in ('encoder', 'decoder', 'head'):  # JSON gives lists.
@@ -80,39 +77,13 @@ def _level(config: NetworkConfig, inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class _Join(nn.Module):
-    """The last step up: skip connection and decoder are convolved on their own grids, and added.
-
-    The convolution of the up-sampled decoder would be the U-Net's largest; before the up-sampling
-    it needs an eighth of the multiplications.
-    """
-
-    def __init__(self, config: NetworkConfig) -> None:
-        super().__init__()
-        self.fine = GroupConv(config.dim, config.encoder[0], config.join)
-        self.coarse = GroupConv(config.dim, config.decoder[-1], config.join)
-        after: list[nn.Module] = [InstanceNorm(config.join)] if config.norm else []
-        self.after = nn.Sequential(*after, Activation())
-
-    def forward(self, skip: Tensor, x: Tensor) -> Tensor:
-        """(B, G, join, *size) of (B, G, encoder[0], *size) and (B, G, decoder[-1], *half)."""
-        # The coarse one first: its result is small while the fine one is computed.
-        coarse = self.coarse(x)
-        fine = self.fine(skip)
-        up = upsample(coarse)
-        total = fine + up if torch.is_grad_enabled() else fine.add_(up)
-        del fine, up
-        result: Tensor = self.after(total)
-        return result
-
-
 class GroupUNet(nn.Module):
     """U-Net of group convolutions (BabySeg, arXiv 2512.05114).
 
     Encoder levels keep their output as skip connection and pool by 2. Decoder levels convolve,
     up-sample and concatenate `[skip, up-sampled]`. At full resolution the scans are merged, and
-    the head turns the result into logits. Without `norm`, `head` and `join` this is the published
-    network, with its parameter names.
+    the head turns the result into logits. Without `norm` and `head` this is the published network,
+    with its parameter names.
 
     Parameters
     ----------
@@ -132,10 +103,6 @@ class GroupUNet(nn.Module):
         for width, skip in zip(config.decoder, reversed(config.encoder), strict=True):
             self.dec.append(_level(config, channels, width))
             channels = width + skip
-        self.join = None
-        if config.join:
-            self.join = _Join(config)
-            channels = config.join
         head: list[nn.Module] = []
         for width in config.head:
             head.append(GroupConv(config.dim, channels, width))
@@ -143,8 +110,8 @@ class GroupUNet(nn.Module):
                 head.append(InstanceNorm(width))
             head.append(Activation())
             channels = width
-        # Whatever comes between has seen the neighbourhood; a pointwise layer is enough then.
-        kernel = 1 if config.head or config.join else 3
+        # A head of its own has seen the neighbourhood already; a pointwise layer is enough then.
+        kernel = 1 if config.head else 3
         head.append(GroupConv(config.dim, channels, config.labels, kernel=kernel))
         self.add = nn.Sequential(*head)
 
@@ -158,7 +125,7 @@ class GroupUNet(nn.Module):
         """
         # The mean over scans commutes with up-sampling and joining, and there is less of it.
         skip, x = (mean_over_scans(f) for f in self.levels(x))
-        joined = self.join(skip, x) if self.join else concatenate(skip, upsample(x))
+        joined = concatenate(skip, upsample(x))
         del skip, x  # What follows is where most memory is used.
         logits: Tensor = self.add(joined).squeeze(1)
         return logits

@@ -124,9 +124,8 @@ def finetune(
     the adapted model, and the comparison on which to decide whether to keep it
     """
     config: NetworkConfig = model.network.config  # type: ignore[assignment]
-    spacing = model.factor * model.spacing
-    size = tuple(int(n / spacing) // config.multiple * config.multiple for n in extent)
-    stage = Stage(spacing, size, steps, 1)  # type: ignore[arg-type]
+    size = tuple(int(n / model.spacing) // config.multiple * config.multiple for n in extent)
+    stage = Stage(model.spacing, size, steps, 1)  # type: ignore[arg-type]
     plan = TrainingPlan(
         (stage,),
         network=config,

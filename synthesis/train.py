@@ -31,8 +31,9 @@ HELD_OUT = ('03mo', '08mo', '24mo')
 DEFAULT_NETWORK = NetworkConfig(
     labels=len(label_table()),
     encoder=(16, 32, 64, 128),
-    decoder=(128, 128, 96, 32),
-    head=(32,),
+    decoder=(128, 128, 96, 48),
+    head=(48,),
+    patch=2,
 )
 # Hard Dice costs a twentieth of a step, so only some steps have it.
 _MEASURE_EVERY = 5
@@ -80,6 +81,8 @@ class TrainingPlan:
     checkpointing : see `GroupUNet`
     rate : peak learning rate; it warms up, stays, and falls to zero over the last `decay` share
     average : decay of the exponential moving average of the weights
+    wide : share of the steps whose voxels are twice as wide, and whose scans show one and a half
+        times as much: the network also has to find the head at a glance (see `prediction`)
     """
 
     stages: tuple[Stage, ...]
@@ -93,6 +96,7 @@ class TrainingPlan:
     clip: float = 1.0
     bfloat16: bool = False
     checkpointing: bool = False
+    wide: float = 0.15
 
     def __post_init__(self) -> None:
         for stage in self.stages:
@@ -128,6 +132,10 @@ class SyntheticBatches(Dataset):
 
     That makes training resumable without storing generator states. The processes of one training
     (ranks) see different anatomies, but as many scans.
+
+    Parameters
+    ----------
+    start, stop : first step, and the one after the last
     """
 
     def __init__(
@@ -150,7 +158,7 @@ class SyntheticBatches(Dataset):
         return self.stop - self.start
 
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
-        """Images (B, G, *size) and target (B, *size) of the step `start + item`."""
+        """Images (B, G, *size) float16 and target (B, *size) uint8 of the step `start + item`."""
         torch.set_num_threads(1)
         step = self.start + item
         stage = self.plan.stages[self.plan.stage_at(step)]
@@ -159,14 +167,17 @@ class SyntheticBatches(Dataset):
         shares = torch.tensor(self.plan.synthesis.group_shares)
         scans = int(torch.multinomial(shares, 1, generator=generator))
         one_hot = tuple(float(i == scans) for i in range(len(shares)))
-        settings = replace(
-            self.plan.synthesis, size=stage.size, spacing=stage.spacing, group_shares=one_hot
-        )
+        size, spacing = stage.size, stage.spacing
+        if float(torch.rand((), generator=generator)) < self.plan.wide:
+            size, spacing = self.plan.network.fitting([0.75 * n for n in size]), 2 * spacing
+        settings = replace(self.plan.synthesis, size=size, spacing=spacing, group_shares=one_hot)
         samples = [
             draw_sample(self.maps, seed=seed * 64 + i, settings=settings, table=self.table)
             for i in range(self.rank * stage.batch, (self.rank + 1) * stage.batch)
         ]
-        return torch.stack([s.images for s in samples]), torch.stack([s.target for s in samples])
+        images = torch.stack([s.images for s in samples])
+        target = torch.stack([s.target for s in samples])
+        return images.half().cpu(), target.byte().cpu()
 
 
 class Trainer:
@@ -255,13 +266,14 @@ class Trainer:
 
         Parameters
         ----------
-        images : (B, G, *size)
-        target : (B, *size)
+        images : (B, G, *size), of any floating-point type
+        target : (B, *size), of any integer type
         """
         rate = self.plan.rate_at(self.step)
         for group in self.optimiser.param_groups:
             group['lr'] = rate
-        images, target = images.to(self.device), target.to(self.device)
+        images = images.to(self.device, non_blocking=True).float()
+        target = target.to(self.device, non_blocking=True).long()
         with torch.autocast(self.device.split(':')[0], torch.bfloat16, enabled=self.plan.bfloat16):
             logits = self.network(images)
         loss = dice_cross_entropy(logits, target)
@@ -323,6 +335,7 @@ class Trainer:
             batch_size=None,
             num_workers=workers,
             prefetch_factor=3 if workers else None,
+            pin_memory=self.device.startswith('cuda'),
         )
         log = _Log(self.folder, self.plan.steps, quiet=bool(self.rank))
         with freed_memory_kept():

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from babyseg_bids.synthesis.evaluate import Case
 
 DEFAULT_STAGES = (
-    '4.0:32x48x32:2500:2',
-    '3.0:48x48x48:1500:2',
-    '2.0:64x80x64:8000:2',
+    '2.0:64x96x64:4000:2',
+    '1.0:128x160x128:8000:2',
 )
 _SETTINGS = 'preset of the synthesis, or TOML file (see `babyseg-synth settings`)'
 
@@ -144,12 +143,6 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument('folder', type=Path, help='folder of `fit`')
     export.add_argument('--out', type=Path, required=True, help='file to write (.safetensors)')
     export.add_argument('--name', default='default')
-    export.add_argument(
-        '--spacing',
-        type=float,
-        help='voxel size of the results, mm: that of the last stage or a whole part of it '
-        '(default: the one nearest to 1 mm)',
-    )
     return parser
 
 
@@ -377,20 +370,11 @@ def _export(args: argparse.Namespace) -> None:
             'version, or train again.'
         ) from e
     network.load_state_dict(state['averaged'])
-    trained = state['stages'][-1]['spacing']
-    wanted = trained / max(1, round(trained)) if args.spacing is None else args.spacing
-    factor = round(trained / wanted) if wanted > 0 else 0
-    if factor < 1 or abs(factor * wanted - trained) > 1e-6:
-        raise UsageError(
-            f'--spacing {wanted:g} is no whole part of the {trained:g} mm that were trained at; '
-            f'give {trained:g} or {trained / 2:g}.'
-        )
     model = new_model(
         network,
         name=args.name,
         version=__version__,
-        spacing=trained / factor,
-        factor=factor,
+        spacing=state['stages'][-1]['spacing'],
         training={'steps': state['step'], 'stages': state['stages']},
     )
     save_model(args.out, model)

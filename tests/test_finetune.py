@@ -20,9 +20,9 @@ TINY = {'extent': (96, 96, 96), 'guards': ((6.0, 1),), 'companions': ((6.0, 2),)
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    config = NetworkConfig(labels=28, encoder=(4, 4), decoder=(4, 4), head=(4,))
+    config = NetworkConfig(labels=28, encoder=(4, 4), decoder=(4, 4), head=(4,), patch=2)
     about = {'name': 'tiny', 'version': '0', 'training': {'steps': 1}}
-    return new_model(GroupUNet(config).eval(), spacing=4.0, factor=2, **about)
+    return new_model(GroupUNet(config).eval(), spacing=4.0, **about)
 
 
 @pytest.fixture

@@ -292,8 +292,7 @@ def test_a_detached_piece_stays_when_it_is_near_or_large(gap, width, kept):
     assert (background == 0).sum() == 100 * (10 + width * kept)
 
 
-@pytest.mark.parametrize('factor', [1, 2])
-def test_no_island_comes_back_in_the_result(factor):
+def test_no_island_comes_back_in_the_result():
     class Bright(Stand):
         """Everything bright is white matter, of either side."""
 
@@ -307,17 +306,17 @@ def test_no_island_comes_back_in_the_result(factor):
     scan[:, 4:32, 4:32, 4:32] = 1
     scan[:, 34:36, 4:8, 4:8] = 1  # Inside the box that the near brain has.
     about = {'name': '', 'version': '', 'spacing': 1.0, 'training': {}}
-    model = new_model(Bright(), factor=factor, **about)
+    model = new_model(Bright(), **about)
     found = predict(scan, model).channels(scan.shape[1:])
     assert not found[33:37].any()
     assert found[6:30, 6:30, 6:30].all()
 
 
 def test_a_saved_model_loads_and_describes_itself(tmp_path):
-    config = NetworkConfig(labels=28, encoder=(2,), decoder=(2,))
+    config = NetworkConfig(labels=28, encoder=(2,), decoder=(2,), head=(2,), patch=3)
     path = tmp_path / 'tiny.safetensors'
     network = GroupUNet(config)
-    about = {'name': 'tiny', 'version': '1', 'spacing': 2.5, 'factor': 3, 'temperature': 1.5}
+    about = {'name': 'tiny', 'version': '1', 'spacing': 2.5, 'temperature': 1.5}
     about['training'] = {'steps': 3}
     save_model(path, new_model(network, **about))
     model = load_model(path)
@@ -399,29 +398,33 @@ def test_a_head_that_faces_backwards_is_noticed_and_keeps_its_own_sides(backward
 
 
 @pytest.fixture
-def doubling():
-    """A small random model whose network works at 2 mm for results at 1 mm."""
+def patches():
+    """A small random model that takes in 2 x 2 x 2 voxels together."""
     torch.manual_seed(0)
-    config = NetworkConfig(labels=28, encoder=(4, 4), decoder=(4, 4), head=(4,))
+    config = NetworkConfig(labels=28, encoder=(4, 4), decoder=(4, 4), head=(4,), patch=2)
     network = GroupUNet(config).eval().requires_grad_(False)
-    return Model('doubling', '0', network, label_table(), 1.0, 8, {}, factor=2)
+    return Model('patches', '0', network, label_table(), 1.0, 8, {})
 
 
 @pytest.mark.parametrize('scans', [1, 3])
-def test_interpolation_in_blocks_equals_the_whole(doubling, scans, monkeypatch):
+def test_posteriors_in_blocks_equal_the_whole(patches, scans, monkeypatch):
     x = torch.rand(scans, 48, 40, 56)
-    whole = predict(x, doubling)
+    whole = predict(x, patches)
     monkeypatch.setattr('babyseg_bids.network.prediction._BLOCK', 8000)
-    blocks = predict(x, doubling)
+    blocks = predict(x, patches)
     assert whole.box == blocks.box
     torch.testing.assert_close(whole.posteriors, blocks.posteriors, atol=1e-5, rtol=0)
-    one_pass = predict(x, doubling, both_sides=False).posteriors
-    with torch.inference_mode():
-        logits = doubling.network(torch.nn.functional.avg_pool3d(x[None], 2))
-        full = torch.nn.functional.interpolate(logits, scale_factor=2, mode='trilinear')[0]
-        expected = full.softmax(0)[(slice(None), *blocks.box)].contiguous()
-        redistribute(expected, x[(slice(None), *blocks.box)], label_table(), spacing=1.0)
-    torch.testing.assert_close(one_pass, expected, atol=1e-4, rtol=0)
+    mirror = torch.from_numpy(label_table().mirror_channels)
+    for both_sides in (False, True):
+        result = predict(x, patches, both_sides=both_sides)
+        with torch.inference_mode():
+            logits = patches.network(x[None])[0]
+            if both_sides:
+                logits = (logits + patches.network(x.flip(1)[None])[0].flip(1)[mirror]) / 2
+            expected = logits.softmax(0)[(slice(None), *result.box)].contiguous()
+            seen = x[(slice(None), *result.box)]
+            redistribute(expected, seen, label_table(), spacing=1.0)
+        torch.testing.assert_close(result.posteriors, expected, atol=1e-4, rtol=0)
 
 
 def test_blocks_cover_what_is_near_the_brain_once(monkeypatch):
@@ -461,10 +464,11 @@ def test_further_passes_see_the_brain_and_its_surroundings_only():
     x = torch.zeros(1, 80, 60, 64)
     x[:, 50:60, 4:20, 30:34] = 9.0
     result = predict(x, model)
-    first, second = network.sizes
-    assert first == (80, 60, 64)
-    # Its size, a voxel on each side that may be brain, and four more.
-    assert second == (20, 26, 14)
+    first, *others = network.sizes
+    # The head is found at a glance, in voxels twice as wide.
+    assert first == (40, 30, 32)
+    # Its size, two voxels on each side that may be brain, and eight more, where there are any.
+    assert others == [(30, 30, 24)] * 2
     found = result.channels(x.shape[1:]) > 0
     assert torch.equal(found, x[0] > 1)
 
@@ -476,29 +480,29 @@ def test_one_scan_finds_the_head_and_its_direction_and_all_are_segmented():
     x[:, 10:20, 4:20, 20:24] = torch.tensor([6.0, 9.0, 9.0])[:, None, None, None]
     predict(x, model, either_way=True)
     assert network.scans == [1, 1, 3, 3]
-    assert network.sizes[0] == (40, 40, 40)
-    assert len(set(network.sizes[1:])) == 1
+    assert network.sizes[:2] == [(20, 20, 20)] * 2
+    assert len(set(network.sizes[2:])) == 1
 
 
 def test_without_a_brain_everything_is_looked_at_and_nothing_labelled():
     network = Bright()
     model = Model('bright', '0', network, label_table(), 2.0, 2, {})
     result = predict(torch.zeros(1, 24, 20, 16), model)
-    assert network.sizes == [(24, 20, 16)] * 2
+    assert network.sizes == [(12, 10, 8), *[(24, 20, 16)] * 2]
     assert not result.channels((24, 20, 16)).any()
 
 
-def test_a_mirrored_head_gives_the_mirrored_result_at_half_the_voxel_size(doubling):
+def test_a_mirrored_head_gives_the_mirrored_result_in_patches(patches):
     x = torch.rand(2, 32, 32, 32)
     mirror = torch.from_numpy(label_table().mirror_channels)
-    p, q = posteriors(x, doubling), posteriors(x.flip(1), doubling)
+    p, q = posteriors(x, patches), posteriors(x.flip(1), patches)
     torch.testing.assert_close(p, q.flip(1)[mirror], atol=1e-5, rtol=0)
 
 
-def test_the_temperature_softens_the_posteriors(doubling):
+def test_the_temperature_softens_the_posteriors(patches):
     x = torch.rand(1, 32, 32, 32)
-    hot = replace(doubling, temperature=4.0)
-    assert posteriors(x, hot).max(0).values.mean() < posteriors(x, doubling).max(0).values.mean()
+    hot = replace(patches, temperature=4.0)
+    assert posteriors(x, hot).max(0).values.mean() < posteriors(x, patches).max(0).values.mean()
 
 
 def test_the_unet_in_blocks_where_memory_is_short(monkeypatch):
@@ -520,7 +524,7 @@ def test_the_unet_in_blocks_where_memory_is_short(monkeypatch):
     torch.testing.assert_close(posteriors(x, model), whole, atol=1e-5, rtol=0)
 
 
-def test_too_small_a_gpu_ends_on_the_cpu_and_says_so(doubling, monkeypatch, caplog):
+def test_too_small_a_gpu_ends_on_the_cpu_and_says_so(patches, monkeypatch, caplog):
     tried = []
     real = prediction._predict
 
@@ -532,7 +536,25 @@ def test_too_small_a_gpu_ends_on_the_cpu_and_says_so(doubling, monkeypatch, capl
 
     monkeypatch.setattr(prediction, '_predict', small)
     monkeypatch.setattr(prediction, 'free_memory', lambda _: 2.0)
-    result = predict(torch.rand(1, 16, 16, 16), doubling, device='cuda:0')
+    result = predict(torch.rand(1, 16, 16, 16), patches, device='cuda:0')
     assert tried == [('cuda:0', 2.0), ('cuda:0', 0.5), ('cpu', 2.0)]
     assert result.device == 'cpu'
     assert 'smaller blocks' in caplog.text and 'trying the CPU' in caplog.text
+
+
+def test_a_gpu_too_small_for_the_scans_themselves_leaves_them_to_the_cpu(
+    patches, monkeypatch, caplog
+):
+    real = inference._prepare
+
+    def small(scans, model, device):
+        if device != 'cpu':
+            raise torch.OutOfMemoryError
+        return real(scans, model, device)
+
+    monkeypatch.setattr(inference, '_prepare', small)
+    monkeypatch.setattr(inference, 'choose_device', lambda _: 'cuda:0')
+    scan = (np.random.default_rng(0).random((20, 24, 16)), np.eye(4))
+    result = segment([scan], patches, device='cuda')
+    assert result.device == 'cpu' and result.seconds > 0
+    assert 'trying the CPU' in caplog.text

@@ -67,7 +67,7 @@ def test_stages_are_read_and_wrong_ones_named():
 def test_default_stages_fit_the_network_and_others_are_refused():
     stages = tuple(Stage.parse(s) for s in DEFAULT_STAGES)
     assert TrainingPlan(stages).steps == sum(s.steps for s in stages)
-    with pytest.raises(UsageError, match='40x48x40; the network needs multiples of 16'):
+    with pytest.raises(UsageError, match='40x48x40; the network needs multiples of 32'):
         TrainingPlan((Stage(4.0, (40, 48, 40), 1, 1),))
 
 
@@ -209,7 +209,7 @@ def test_training_lowers_the_loss():
     optimiser = torch.optim.Adam(network.parameters(), lr=0.01)
     losses = []
     for _ in range(150):
-        loss = dice_cross_entropy(network(images), target)
+        loss = dice_cross_entropy(network(images.float()), target.long())
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -240,7 +240,7 @@ def test_the_command_trains_and_exports_a_model_that_loads(tmp_path):
                 '--out',
                 str(run),
                 '--stage',
-                '6.0:16x16x16:2:1',
+                '6.0:32x32x32:2:1',
                 '--threads',
                 threads,
                 '--workers',
@@ -250,11 +250,7 @@ def test_the_command_trains_and_exports_a_model_that_loads(tmp_path):
         == 0
     )
     out = tmp_path / 'model.safetensors'
-    assert main(['export', str(run), '--out', str(out), '--name', 'x', '--spacing', '6']) == 0
-    assert load_model(out).training['steps'] == 2
-    assert (load_model(out).spacing, load_model(out).factor) == (6, 1)
     assert main(['export', str(run), '--out', str(out), '--name', 'x']) == 0
-    assert (load_model(out).spacing, load_model(out).factor) == (1, 6)
-    for wrong in ('5', '12', '0', '-6'):
-        assert main(['export', str(run), '--out', str(out), '--spacing', wrong]) == 2
-    assert main(['export', str(tmp_path), '--out', str(out), '--spacing', '6']) == 1
+    assert load_model(out).training['steps'] == 2
+    assert load_model(out).spacing == 6
+    assert main(['export', str(tmp_path), '--out', str(out)]) == 1

@@ -1,9 +1,10 @@
 """From scans to a label map on the reference's own grid: arrays in, arrays out."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,9 +23,11 @@ from babyseg_bids.network.grid import (
 )
 from babyseg_bids.network.intensity import normalise
 from babyseg_bids.network.official import conform
-from babyseg_bids.network.prediction import autocast, predict
+from babyseg_bids.network.prediction import exact, predict
 from babyseg_bids.network.weights import Model
 from babyseg_bids.resources import freed_memory_kept, give_back_freed_memory
+
+_LOG = logging.getLogger(__name__)
 
 # A channel is interpolated only where it reaches this probability.
 _NEGLIGIBLE = 1e-3
@@ -86,24 +89,39 @@ def segment(
     if threads:
         torch.set_num_threads(threads)
     where = choose_device(device)
+    try:
+        result = _segment(scans, model, where, keep_probabilities)
+    except torch.OutOfMemoryError:
+        if where == 'cpu':
+            raise
+        torch.cuda.empty_cache()
+        _LOG.warning('The memory of %s is too small for this scan; trying the CPU.', where)
+        result = _segment(scans, model, 'cpu', keep_probabilities)
+    return replace(result, seconds=time.monotonic() - began)
+
+
+def _segment(
+    scans: Sequence[tuple[np.ndarray, np.ndarray]], model: Model, device: str, keep: bool
+) -> Segmentation:
+    """`segment` on one device; the time is left open."""
     image, affine = scans[0]
     turned = False
     # Of the official network, several scans would leave holes of gigabytes in what is kept.
     kept = nullcontext() if model.official and len(scans) > 1 else freed_memory_kept()
     with torch.inference_mode(), kept:
         if model.official:
-            prepared, grid = conform(scans, device=where)
-            posteriors = predict_official(prepared, model, device=where)
+            prepared, grid = conform(scans, device=device)
+            posteriors = predict_official(prepared, model, device=device)
         else:
-            prepared, grid = _prepare(scans, model, where)
+            prepared, grid = _prepare(scans, model, device)
             prepared = prepared[_fixed_order(prepared)]
             if len(scans) > 1:
                 give_back_freed_memory()
-            result = predict(prepared, model, device=where, either_way=True)
-            posteriors, turned, where = result.posteriors, result.turned, result.device
+            result = predict(prepared, model, device=device, either_way=True)
+            posteriors, turned, device = result.posteriors, result.turned, result.device
             grid = grid.part(result.box)
         labels, uncertainty, probabilities, volumes, confidence = _to_reference(
-            posteriors, grid, image.shape, affine, model, keep_probabilities
+            posteriors, grid, image.shape, affine, model, keep
         )
     return Segmentation(
         labels=labels,
@@ -111,8 +129,8 @@ def segment(
         probabilities=probabilities,
         soft_volumes=volumes,
         confidence=confidence,
-        device=where,
-        seconds=time.monotonic() - began,
+        device=device,
+        seconds=float('nan'),
         turned=turned,
     )
 
@@ -146,7 +164,7 @@ def _fixed_order(scans: Tensor) -> list[int]:
 def predict_official(scans: Tensor, model: Model, /, *, device: str = 'cpu') -> Tensor:
     """Posteriors (C, *size) float32 of conformed scans (G, *size), as the official program's."""
     network = model.network.to(device, memory_format=torch.channels_last_3d)
-    with autocast(device):
+    with exact():
         return network(scans[_fixed_order(scans)][None])[0].float()
 
 

@@ -246,3 +246,34 @@ def single_channel(x: Tensor, /) -> Tensor:
     stride = list(x.stride())
     stride[2] = 1
     return x.as_strided(x.shape, stride)
+
+
+def to_patches(x: Tensor, patch: int, /) -> Tensor:
+    """Scans (B, G, *size) as (B, G, patch ** D, *size / patch), channels last: voxels as channels.
+
+    Each channel is one place in the patch, the last axis changing fastest.
+    """
+    if patch == 1:
+        return single_channel(x)
+    dim = x.ndim - 2
+    for axis in range(dim):
+        x = x.unflatten(2 + 2 * axis, (-1, patch))
+    places = [3 + 2 * axis for axis in range(dim)]
+    x = x.movedim(places, list(range(-dim, 0))).flatten(-dim)
+    return grouped(x.flatten(0, 1).movedim(-1, 1), x.shape[1])
+
+
+def from_patches(x: Tensor, patch: int, /) -> Tensor:
+    """Channels (B, patch ** D * C, *size) of places in patches as (B, C, *patch * size).
+
+    Of the channels, those of one place lie together; see `to_patches` for the order of the places.
+    """
+    if patch == 1:
+        return x
+    dim = x.ndim - 2
+    x = x.movedim(1, -1).unflatten(-1, (*[patch] * dim, -1))
+    places = list(range(1 + dim, 1 + 2 * dim))
+    x = x.movedim(places, [2 + 2 * axis for axis in range(dim)])
+    for axis in range(dim):
+        x = x.flatten(1 + axis, 2 + axis)
+    return x.movedim(-1, 1)

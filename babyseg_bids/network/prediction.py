@@ -2,15 +2,18 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
-from torch import Tensor
+from torch import Tensor, nn
 
+from babyseg_bids.labels import label_table
+from babyseg_bids.network.layers import from_patches
 from babyseg_bids.network.tissue import redistribute
 from babyseg_bids.network.unet import GroupUNet
 from babyseg_bids.network.weights import Model
@@ -26,14 +29,14 @@ Box = tuple[slice, slice, slice]
 _SURE = 0.9
 _NEAR = 1
 _FAR = 4
-# Voxels of the U-Net's grid around the brain that further passes see.
-_AROUND = 4
+# How many times as wide the voxels are in which the head is found.
+_WIDE = 2
+# Voxels around what may be brain that are looked at closely, too.
+_AROUND = 8
 # Pieces of brain smaller than this share of the largest are taken for false detections, and so are
 # those smaller than the second share that lie farther from the largest than this many mm: a neck
 # or a shoulder. A cerebellum or a hemisphere is nearer, even where what joins it was not found.
 _ISLAND_SHARE, _FAR_ISLAND_SHARE, _ISLAND_MM = 0.05, 0.5, 8.0
-# Logit of a structure where there surely is none, beside zero for the background.
-_NOTHING = -30.0
 # Structures in the middle of the brain, whose place tells front from back.
 _DEEP = (4, 10, 11, 12, 13, 14, 43, 49, 50, 51, 52)
 _DEEP_VOXELS = 50
@@ -45,7 +48,7 @@ _MEMORY_SHARE = 0.5
 # Blocks of the U-Net, where memory is short: smallest side and overlap, voxels of its grid.
 _SMALLEST = 64
 _OVERLAP = 32
-# Logits are interpolated for so many voxels at once, and for no fewer than so many of the U-Net's
+# Posteriors are computed for so many voxels at once, and for no fewer than so many of the U-Net's
 # along an axis: small blocks stay in the cache and leave out more of the background.
 _BLOCK = 300_000
 _SHORTEST = 12
@@ -150,55 +153,65 @@ def _predict(
     """`predict` on one device with so many GiB of memory."""
     network = model.network.to(device, memory_format=torch.channels_last_3d)
     scans = scans.to(device)
-    with autocast(device):
-        factor = model.factor
-        small = F.avg_pool3d(scans[None], factor)[0] if factor > 1 else scans
+    with exact():
         limit = int(_MEMORY_SHARE * room * GIB / _bytes_a_voxel(model, len(scans)))
-        spacing = factor * model.spacing
-        view = _AHEAD
-        # One scan is enough to find the head and its direction: the last, which shows most of it
-        # in the order that `inference` gives.
-        logits = _look(small[-1:], model, view, limit)
-        background = _background(logits, model)
-        remove_islands(background, spacing=spacing)
-        part = _part_with_brain(background, network)
-        scans = scans[(slice(None), *_scaled(part, factor))]
-        # Copies, so that the memory of the whole volume is given back.
-        small, logits = small[(slice(None), *part)], logits[(slice(None), *part)].clone()
-        del background
-        if either_way:
-            logits_back = _look(small[-1:], model, _BACK, limit)
-            fit, fit_back = (
-                deep_fit(_softmax(x, model), small[-1:], model) for x in (logits, logits_back)
-            )
-            if fit_back - fit > _TURN_MARGIN:
-                view, logits = _BACK, logits_back
-            del logits_back
-        if len(small) > 1:
-            logits = _look(small, model, view, limit)
-        if both_sides:
-            mirrored = _BACK_MIRRORED if view == _BACK else _AHEAD_MIRRORED
-            logits = torch.lerp(logits, _look(small, model, mirrored, limit), 0.5)
-        background = _background(logits, model)
-        islands = remove_islands(background, spacing=spacing)
-        logits[:, islands] = _NOTHING
-        logits[0, islands] = 0
+        view, part = _glance(scans, model, limit, either_way=either_way)
+        scans = scans[(slice(None), *part)]
+        mirrored = _BACK_MIRRORED if view == _BACK else _AHEAD_MIRRORED
+        views = (view, mirrored) if both_sides else (view,)
+        looks = [_look(scans, model, v, limit) for v in views]
+        background = _background(_mean_logits(looks), model)
+        patch = network.config.patch
+        remove_islands(background, spacing=patch * model.spacing)
         near = _near_brain(background)
-        posteriors = _interpolated(logits, near, model)
-        box, part = _scaled(_box(near), factor), _scaled(part, factor)
+        posteriors = _in_full(looks, near, model)
+        labelled = posteriors[0] < posteriors[1:].amax(0)
+        gone = islands(labelled, spacing=model.spacing)
+        posteriors[:, gone] = 0
+        posteriors[0, gone] = 1
+        box = _scaled(_box(near), patch)
     # In full precision, since variances are small differences.
     redistribute(posteriors, scans[(slice(None), *box)], model.labels, spacing=model.spacing)
     return Prediction(posteriors, _shifted(box, part), turned=view == _BACK, device=device)
 
 
-def autocast(device: str) -> torch.autocast:
-    """bfloat16 on GPUs.
+def _glance(scans: Tensor, model: Model, limit: int, *, either_way: bool) -> tuple[_View, Box]:
+    """Find the head's direction and the part of the volume that holds the brain.
 
-    CPUs compute in float32, with or without matrix units: convolutions in bfloat16 gave another
-    label to 0.3 to 0.8 % of the brain, and the nodes of one cluster must agree.
+    One scan is enough, the last, which shows most of the head in the order that `inference`
+    gives, and voxels `_WIDE` times as wide.
     """
-    half = device.startswith('cuda')
-    return torch.autocast(device.split(':')[0], torch.bfloat16, enabled=half)
+    network = model.network
+    small = F.avg_pool3d(scans[None, -1:], _WIDE, ceil_mode=True, count_include_pad=False)[0]
+    size = small.shape[1:]
+    room = [after - n for n, after in zip(size, network.config.fitting(size), strict=True)]
+    small = F.pad(small, [n for after in reversed(room) for n in (0, after)])
+    view = _AHEAD
+    logits = _mean_logits([_look(small, model, view, limit)])
+    if either_way:
+        back = _mean_logits([_look(small, model, _BACK, limit)])
+        patch = network.config.patch
+        seen = F.avg_pool3d(small[None], patch)[0] if patch > 1 else small
+        fit, fit_back = (deep_fit(_softmax(x, model), seen, model) for x in (logits, back))
+        if fit_back - fit > _TURN_MARGIN:
+            view, logits = _BACK, back
+    patch = network.config.patch
+    background = _background(logits, model)
+    remove_islands(background, spacing=patch * _WIDE * model.spacing)
+    return view, _part_with_brain(background, scans.shape[1:], patch * _WIDE, network)
+
+
+def exact() -> AbstractContextManager[None]:
+    """float32 without shortcuts, and the same bits every time.
+
+    In bfloat16 another label was given to 0.3 to 0.8 % of the brain on CPUs and to 1.6 % on an
+    H200, which was hardly faster with it (0.19 s a case against 0.20); the nodes of one cluster
+    must agree.
+    """
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
+        enabled=True, deterministic=True, allow_tf32=False
+    )
+    return flags
 
 
 def _bytes_a_voxel(model: Model, scans: int) -> int:
@@ -211,23 +224,29 @@ def _bytes_a_voxel(model: Model, scans: int) -> int:
     return 4 * width  # type: ignore[no-any-return]
 
 
-def _in_view(scans: Tensor, network: GroupUNet, view: _View, limit: int) -> Tensor:
-    """Logits (C, *size) in a view's axes; in blocks, if there are more voxels than `limit`."""
+def _in_view(scans: Tensor, network: nn.Module, view: _View, limit: int) -> Tensor:
+    """Features (F, *size / patch) in a view's axes; in blocks, if there are more than `limit`."""
     if len(scans) > 1:
         # Passes with several scans need most memory of all, in pieces of other sizes.
         give_back_freed_memory()
     x = view.turn(scans)[None]
-    size = x.shape[2:]
-    multiple = network.config.multiple
-    blocks = list(_overlapping(size, limit, multiple))
+    patch = network.config.patch
+    size = [n // patch for n in x.shape[2:]]
+    blocks = list(_overlapping(size, limit, network.config.multiple // patch))
+    # Networks without a head have no features of their own to speak of.
+    features = network.features if _pointwise(network) else network
     if len(blocks) == 1:
-        return network(x)[0]  # type: ignore[no-any-return]
-    total = torch.zeros((network.config.labels, *size), device=x.device)
+        return features(x)[0]  # type: ignore[no-any-return]
+    total: Tensor | None = None
     weight = torch.zeros(size, device=x.device)
     for block in blocks:
         ramp = _ramp(block, size).to(x.device)
         weight[block] += ramp
-        total[(slice(None), *block)] += network(x[(..., *block)])[0] * ramp
+        part = features(x[(..., *_scaled(block, patch))])[0] * ramp
+        if total is None:
+            total = part.new_zeros((len(part), *size))
+        total[(slice(None), *block)] += part
+    assert total is not None
     return total.div_(weight)
 
 
@@ -261,12 +280,67 @@ def _ramp(block: Box, size: Sequence[int]) -> Tensor:
     return ramp
 
 
-def _look(scans: Tensor, model: Model, view: _View, limit: int) -> Tensor:
-    """Logits (C, *size) of a view, in the scans' own axes and sides."""
-    network: GroupUNet = model.network  # type: ignore[assignment]
-    logits = view.turn(_in_view(scans, network, view, limit))
-    # In a mirrored view each label has the channel of its partner.
-    return logits[model.labels.mirror_channels] if view.mirrored else logits
+def _pointwise(network: nn.Module) -> bool:
+    """Whether the last layer looks at single voxels."""
+    return isinstance(network, GroupUNet) and bool(network.config.head)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What the network saw in one view, in the scans' own axes and sides.
+
+    Parameters
+    ----------
+    features : (F, *size / patch)
+    weight, bias : (places * C, F) and (places * C,), what makes logits of them
+    """
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def _look(scans: Tensor, model: Model, view: _View, limit: int) -> _Look:
+    """Look at scans (G, *size) in a view."""
+    network = model.network
+    features = view.turn(_in_view(scans, network, view, limit))
+    if _pointwise(network):
+        weight, bias = (x.flatten(1) if x.ndim > 1 else x for x in network.add[-1].folded())
+    else:
+        weight = torch.eye(len(features), device=features.device)
+        bias = weight.new_zeros(len(weight))
+    patch = network.config.patch
+    # Places in a patch turn with the view, and in a mirrored one each label has the channel of
+    # its partner.
+    order = torch.arange(len(bias)).view(*[patch] * 3, -1)
+    order = order.flip(view.flips) if view.flips else order
+    if view.mirrored:
+        order = order[..., model.labels.mirror_channels]
+    order = order.flatten().to(bias.device)
+    return _Look(features, weight[order], bias[order])
+
+
+def _logits(looks: Sequence[_Look], block: Box) -> Tensor:
+    """Mean logits (*block, places * C) of some looks."""
+    seen = [x.features[(slice(None), *block)].movedim(0, -1) for x in looks]
+    weight = torch.cat([x.weight for x in looks], dim=1) / len(looks)
+    bias = torch.stack([x.bias for x in looks]).mean(0)
+    return F.linear(torch.cat(seen, dim=-1), weight, bias)
+
+
+def _mean_logits(looks: Sequence[_Look]) -> Tensor:
+    """Mean logits (C, *size / patch) over looks and the places of each patch."""
+    channels = len(label_table())
+    averaged = [
+        replace(
+            x,
+            weight=x.weight.unflatten(0, (-1, channels)).mean(0),
+            bias=x.bias.unflatten(0, (-1, channels)).mean(0),
+        )
+        for x in looks
+    ]
+    everything = tuple(slice(0, n) for n in looks[0].features.shape[1:])
+    return _logits(averaged, everything).movedim(-1, 0)  # type: ignore[arg-type]
 
 
 def _softmax(logits: Tensor, model: Model) -> Tensor:
@@ -318,17 +392,25 @@ def _box(mask: Tensor) -> Box:
     return tuple(box)  # type: ignore[return-value]
 
 
-def _part_with_brain(background: Tensor, network: GroupUNet) -> Box:
-    """The part of a volume that the passes after the first look at; all of it without a brain."""
-    size = background.shape
+def _part_with_brain(
+    background: Tensor, size: Sequence[int], factor: int, network: nn.Module
+) -> Box:
+    """The part of a volume that is looked at closely; all of it without a brain.
+
+    Parameters
+    ----------
+    background : posterior (*size / factor), rounded up
+    size : of the volume
+    """
     near = _near_brain(background)
     if not bool(near.any()):
         return tuple(slice(0, n) for n in size)  # type: ignore[return-value]
     multiple = network.config.multiple
     part = []
-    for s, n in zip(_box(near), size, strict=True):
-        width = min(n, multiple * -(-(s.stop - s.start + 2 * _AROUND) // multiple))
-        start = min(max(0, (s.start + s.stop - width) // 2), n - width)
+    for s, n in zip(_scaled(_box(near), factor), size, strict=True):
+        low, high = max(0, s.start - _AROUND), min(n, s.stop + _AROUND)
+        width = min(n, multiple * -(-(high - low) // multiple))
+        start = min(max(0, (low + high - width) // 2), n - width)
         part.append(slice(start, start + width))
     return tuple(part)  # type: ignore[return-value]
 
@@ -345,24 +427,22 @@ def _scaled(box: Box, factor: int) -> Box:
     return tuple(slice(factor * s.start, factor * s.stop) for s in box)  # type: ignore[return-value]
 
 
-def _interpolated(logits: Tensor, near: Tensor, model: Model) -> Tensor:
-    """Posteriors (C, *box of `near`) on the working grid from the U-Net's logits (C, *size).
+def _in_full(looks: Sequence[_Look], near: Tensor, model: Model) -> Tensor:
+    """Posteriors (C, *box of `near`) on the working grid.
 
     Done block by block, since what lies between the blocks costs nothing.
+
+    Parameters
+    ----------
+    near : (*size / patch) bool, where to look
     """
-    box, factor = _box(near), model.factor
-    size = [factor * (s.stop - s.start) for s in box]
-    out = _empty(len(logits), size, logits.device)
-    for inner in _blocks(near, _BLOCK // factor**3):
-        # Linear interpolation looks at one voxel on each side.
-        around = _wider(inner, near.shape, 1)
-        known = logits[(slice(None), *around)]
-        if factor > 1:
-            known = F.interpolate(
-                known[None], scale_factor=factor, mode='trilinear', align_corners=False
-            )[0]
-        known = known[(slice(None), *_scaled(_within(inner, around), factor))]
-        out[(slice(None), *_scaled(_within(inner, box), factor))] = _softmax(known, model)
+    box, patch = _box(near), model.network.config.patch
+    size = [patch * (s.stop - s.start) for s in box]
+    out = _empty(len(model.labels), size, near.device)
+    for block in _blocks(near, _BLOCK // patch**3):
+        logits = from_patches(_logits(looks, block).movedim(-1, 0)[None], patch)[0]
+        inner = _scaled(_within(block, box), patch)
+        out[(slice(None), *inner)] = _softmax(logits, model)
     return out
 
 
@@ -381,14 +461,6 @@ def _within(inner: Box, outer: Box) -> Box:
     """Where a box lies in a box that holds it."""
     return tuple(  # type: ignore[return-value]
         slice(i.start - o.start, i.stop - o.start) for i, o in zip(inner, outer, strict=True)
-    )
-
-
-def _wider(box: Box, size: Sequence[int], margin: int) -> Box:
-    """A box with a margin around it, as far as the volume reaches."""
-    return tuple(  # type: ignore[return-value]
-        slice(max(0, s.start - margin), min(n, s.stop + margin))
-        for s, n in zip(box, size, strict=True)
     )
 
 
@@ -450,10 +522,24 @@ def remove_islands(background: Tensor, /, *, spacing: float) -> Tensor:
     -------
     (*size) bool: where those pieces were
     """
-    brain = (background < 0.5).cpu()
-    found, count = ndimage.label(brain.numpy(), np.ones((3, 3, 3)))
+    gone = islands(background < 0.5, spacing=spacing, corners=True)
+    background[gone] = 1
+    return gone
+
+
+def islands(brain: Tensor, /, *, spacing: float, corners: bool = False) -> Tensor:
+    """Small or distant detached pieces of a mask, (*size) bool.
+
+    Parameters
+    ----------
+    brain : (*size) bool
+    spacing : of the voxels, mm
+    corners : whether voxels that share no more than a corner hang together
+    """
+    neighbours = np.ones((3, 3, 3)) if corners else None
+    found, count = ndimage.label(brain.cpu().numpy(), neighbours)
     if count < 2:
-        return torch.zeros_like(background, dtype=torch.bool)
+        return torch.zeros_like(brain)
     pieces = torch.from_numpy(found).long()
     sizes = pieces.flatten().bincount()
     sizes[0] = 0
@@ -464,6 +550,4 @@ def remove_islands(background: Tensor, /, *, spacing: float) -> Tensor:
     share = torch.where(distant, _FAR_ISLAND_SHARE, _ISLAND_SHARE)
     small = sizes < share * sizes[largest]
     small[0] = False
-    gone = small[pieces].to(background.device)
-    background[gone] = 1
-    return gone
+    return small[pieces].to(brain.device)

@@ -1,8 +1,9 @@
 """The group-convolution U-Net: any number of scans of one child in, label logits out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
+from math import ceil
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from babyseg_bids.network.layers import (
     concatenate,
     convolve,
     convolve_upsampled,
+    from_patches,
     max_pool,
     mean_over_scans,
-    single_channel,
+    to_patches,
     upsample,
 )
 
@@ -38,6 +40,8 @@ class NetworkConfig:
     repeats : convolutions a level
     dim : spatial dimensions
     norm : instance normalisation after each convolution but the last
+    patch : voxels along each axis that the network takes in together and gives logits of their
+        own, from one set of features; the levels then start at voxels so many times as wide
     """
 
     labels: int
@@ -47,6 +51,7 @@ class NetworkConfig:
     repeats: int = 2
     dim: int = 3
     norm: bool = True
+    patch: int = 1
 
     def __post_init__(self) -> None:
         for name in ('encoder', 'decoder', 'head'):  # JSON gives lists.
@@ -57,10 +62,17 @@ class NetworkConfig:
                 'levels; give as many of one as of the other.'
             )
 
+        if self.patch > 1 and not self.head:
+            raise ModelError('A network that takes in patches needs a head.')
+
     @property
     def multiple(self) -> int:
         """Input sizes must be multiples of this many voxels."""
-        return 2 ** len(self.encoder)
+        return self.patch * 2 ** len(self.encoder)
+
+    def fitting(self, size: Sequence[float], /) -> tuple[int, ...]:
+        """The smallest input size that holds so many voxels."""
+        return tuple(self.multiple * max(1, ceil(n / self.multiple)) for n in size)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary, the arguments of this class."""
@@ -96,7 +108,7 @@ class GroupUNet(nn.Module):
         self.checkpointing = checkpointing
         self.enc = nn.ModuleList()
         self.dec = nn.ModuleList()
-        channels = 1
+        channels = config.patch**config.dim
         for width in config.encoder:
             self.enc.append(_level(config, channels, width))
             channels = width
@@ -112,7 +124,8 @@ class GroupUNet(nn.Module):
             channels = width
         # A head of its own has seen the neighbourhood already; a pointwise layer is enough then.
         kernel = 1 if config.head else 3
-        head.append(GroupConv(config.dim, channels, config.labels, kernel=kernel))
+        outputs = config.patch**config.dim * config.labels
+        head.append(GroupConv(config.dim, channels, outputs, kernel=kernel))
         self.add = nn.Sequential(*head)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,19 +136,25 @@ class GroupUNet(nn.Module):
         ModelError
             If a spatial size is not a multiple of what the U-Net pools.
         """
+        logits: Tensor = self.add[-1](self.features(x)[:, None]).squeeze(1)
+        return from_patches(logits, self.config.patch)
+
+    def features(self, x: Tensor) -> Tensor:
+        """All but the last layer, of scans (B, G, *size): (B, C, *size / patch)."""
         # The mean over scans commutes with up-sampling and joining, and there is less of it.
         skip, x = (mean_over_scans(f) for f in self.levels(x))
         joined = concatenate(skip, upsample(x))
         del skip, x  # What follows is where most memory is used.
-        logits: Tensor = self.add(joined).squeeze(1)
-        return logits
+        features: Tensor = self.add[:-1](joined).squeeze(1)
+        return features
 
     def levels(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """All but the last step up, of scans (B, G, *size).
 
         Returns
         -------
-        the first level's features (B, G, C, *size), and the last decoder level's, half that size
+        the first level's features (B, G, C, *size / patch), and the last decoder level's, half
+        that size
         """
         multiple = self.config.multiple
         if any(s % multiple for s in x.shape[2:]):
@@ -143,7 +162,7 @@ class GroupUNet(nn.Module):
                 f'The network needs sizes that are multiples of {multiple}, '
                 f'not {tuple(x.shape[2:])}; pad the scans first.'
             )
-        x = single_channel(x)
+        x = to_patches(x, self.config.patch)
         skips = []
         for level in self.enc:
             x = self._run(level, x)

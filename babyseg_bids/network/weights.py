@@ -15,9 +15,9 @@ from babyseg_bids.labels import OFFICIAL, LabelTable, is_official, label_table, 
 from babyseg_bids.network.official import SPACING, read_official
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 
-_FORMAT = 'babyseg-3'
+_FORMAT = 'babyseg-4'
 # What a file says of its model beside architecture and labels.
-_DESCRIBED = ('name', 'version', 'spacing', 'factor', 'temperature', 'training')
+_DESCRIBED = ('name', 'version', 'spacing', 'temperature', 'training')
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class Model:
     spacing : voxel size of the scans that it is given and of its posteriors, mm
     multiple : sizes of those are multiples of this
     training : how it was trained
-    factor : how many times as wide the network's own voxels are
     temperature : that logits are divided by before the softmax, so that posteriors are calibrated
     official : whether it is the official network, whose scans are prepared in its own way
     """
@@ -44,7 +43,6 @@ class Model:
     spacing: float
     multiple: int
     training: dict[str, Any]
-    factor: int = 1
     temperature: float = 1.0
     official: bool = False
 
@@ -61,7 +59,7 @@ def shipped_models() -> dict[str, Path]:
 
 def new_model(network: GroupUNet, **about: Any) -> Model:
     """A model of ours; `about` are further parameters of `Model`."""
-    multiple = about.get('factor', 1) * network.config.multiple
+    multiple = network.config.multiple
     return Model(network=network, labels=label_table(), multiple=multiple, **about)
 
 

@@ -19,6 +19,7 @@ class _DiceCrossEntropy(torch.autograd.Function):
         classes = logits.shape[1]
         p = logits.softmax(1)
         p_true = p.gather(1, target[:, None])[:, 0]
+        # In float32 a sum of ones stops at 2 ** 24, a batch of a few volumes.
         overlap = torch.bincount(target, p_true.double(), classes).float()
         count = torch.bincount(target, minlength=classes)
         present = (count > 0).float()

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from babyseg_bids.errors import InputError, UsageError
 from babyseg_bids.labels import label_table
+from babyseg_bids.network.prediction import WIDE
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 from babyseg_bids.resources import freed_memory_kept
 from babyseg_bids.synthesis.gallery import picture, side_by_side
@@ -81,8 +82,8 @@ class TrainingPlan:
     checkpointing : see `GroupUNet`
     rate : peak learning rate; it warms up, stays, and falls to zero over the last `decay` share
     average : decay of the exponential moving average of the weights
-    wide : share of the steps whose voxels are twice as wide, and whose scans show one and a half
-        times as much: the network also has to find the head at a glance (see `prediction`)
+    wide : share of the steps whose voxels are `WIDE` times as wide, and whose scans show half as
+        much again: the network also has to find the head at a glance (see `prediction`)
     """
 
     stages: tuple[Stage, ...]
@@ -169,7 +170,7 @@ class SyntheticBatches(Dataset):
         one_hot = tuple(float(i == scans) for i in range(len(shares)))
         size, spacing = stage.size, stage.spacing
         if float(torch.rand((), generator=generator)) < self.plan.wide:
-            size, spacing = self.plan.network.fitting([0.75 * n for n in size]), 2 * spacing
+            size, spacing = self.plan.network.fitting([0.75 * n for n in size]), WIDE * spacing
         settings = replace(self.plan.synthesis, size=size, spacing=spacing, group_shares=one_hot)
         samples = [
             draw_sample(self.maps, seed=seed * 64 + i, settings=settings, table=self.table)
@@ -177,7 +178,7 @@ class SyntheticBatches(Dataset):
         ]
         images = torch.stack([s.images for s in samples])
         target = torch.stack([s.target for s in samples])
-        return images.half().cpu(), target.byte().cpu()
+        return images.half(), target.byte()
 
 
 class Trainer:

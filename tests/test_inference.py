@@ -9,7 +9,15 @@ from scipy import ndimage
 
 from babyseg_bids.errors import InputError, ModelError, UsageError
 from babyseg_bids.labels import label_table
-from babyseg_bids.network import Model, choose_device, inference, load_model, prediction, segment
+from babyseg_bids.network import (
+    Model,
+    boxes,
+    choose_device,
+    inference,
+    load_model,
+    prediction,
+    segment,
+)
 from babyseg_bids.network.grid import (
     averaged,
     foreground_box,
@@ -19,7 +27,7 @@ from babyseg_bids.network.grid import (
     working_grid,
 )
 from babyseg_bids.network.intensity import normalise
-from babyseg_bids.network.prediction import predict, remove_islands
+from babyseg_bids.network.prediction import islands, predict
 from babyseg_bids.network.tissue import redistribute
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 from babyseg_bids.network.weights import new_model, save_model
@@ -32,7 +40,13 @@ CODES = [
 class Stand(torch.nn.Module):
     """A network whose `forward` gives the logits."""
 
-    config = NetworkConfig(labels=28, encoder=(1,) * 4, decoder=(1,) * 4)
+    config = NetworkConfig(labels=28, encoder=(1,) * 4, decoder=(1,) * 4, head=(28,))
+
+    def features(self, x):
+        return self(x)
+
+    def classifier(self):
+        return torch.eye(28), torch.zeros(28)
 
 
 class SideNetwork(Stand):
@@ -273,23 +287,21 @@ def test_a_mask_grows_by_a_cube(size, width):
     np.testing.assert_array_equal(prediction._grown(mask, width).numpy(), expected)
 
 
-def test_islands_go_to_the_background():
-    background = torch.ones(20, 20, 20)
-    for low, high in ((2, 12), (17, 18)):
-        background[low:high, low:high, low:high] = 0
-    gone = remove_islands(background, spacing=2.0)
-    assert gone.nonzero().tolist() == [[17, 17, 17]]
-    assert (background == 0).sum() == 1000
+def test_a_speck_is_an_island_even_where_it_touches_a_corner():
+    brain = torch.zeros(20, 20, 20, dtype=torch.bool)
+    for low, high in ((2, 12), (12, 13), (17, 18)):
+        brain[low:high, low:high, low:high] = True
+    assert islands(brain, spacing=2.0).nonzero().tolist() == [[12] * 3, [17] * 3]
 
 
 @pytest.mark.parametrize(('gap', 'width', 'kept'), [(3, 4, True), (8, 4, False), (8, 6, True)])
 def test_a_detached_piece_stays_when_it_is_near_or_large(gap, width, kept):
-    background = torch.ones(12, 12, 40)
+    brain = torch.zeros(12, 12, 40, dtype=torch.bool)
     for low, high in ((1, 11), (11 + gap, 11 + gap + width)):
-        background[1:11, 1:11, low:high] = 0
-    gone = remove_islands(background, spacing=2.0)
+        brain[1:11, 1:11, low:high] = True
+    gone = islands(brain, spacing=2.0)
     assert gone.sum() == 100 * width * (not kept)
-    assert (background == 0).sum() == 100 * (10 + width * kept)
+    assert not gone[..., :11].any()
 
 
 def test_no_island_comes_back_in_the_result():
@@ -428,21 +440,21 @@ def test_posteriors_in_blocks_equal_the_whole(patches, scans, monkeypatch):
 
 
 def test_blocks_cover_what_is_near_the_brain_once(monkeypatch):
-    monkeypatch.setattr(prediction, '_SHORTEST', 8)
+    monkeypatch.setattr(boxes, '_SHORTEST', 8)
     near = torch.zeros(40, 52, 34, dtype=torch.bool)
     near[3:9, 2:50, 5:30] = near[20:38, 10:30, 1:33] = True
     done = torch.zeros(near.shape, dtype=torch.int)
-    for block in prediction._blocks(near, 2500):
+    for block in boxes.covering(near, 2500):
         done[block] += 1
     assert (done[near] == 1).all() and done.max() == 1
     # Less than the box around both parts is computed.
     assert done.sum() < 0.7 * 35 * 48 * 32
 
 
-class Bright(torch.nn.Module):
+class Bright(Stand):
     """Calls bright voxels the brainstem, and remembers the sizes that it saw."""
 
-    config = NetworkConfig(labels=28, encoder=(1,), decoder=(1,))
+    config = NetworkConfig(labels=28, encoder=(1,), decoder=(1,), head=(28,))
 
     def __init__(self):
         super().__init__()
@@ -509,7 +521,7 @@ def test_the_unet_in_blocks_where_memory_is_short(monkeypatch):
     class Local(Stand):
         """Logits that depend on their own voxel alone: blocks must give the same."""
 
-        config = NetworkConfig(labels=28, encoder=(1,), decoder=(1,))
+        config = NetworkConfig(labels=28, encoder=(1,), decoder=(1,), head=(28,))
 
         def forward(self, x):
             steps = torch.arange(28.0).view(1, -1, 1, 1, 1)
@@ -518,13 +530,13 @@ def test_the_unet_in_blocks_where_memory_is_short(monkeypatch):
     model = Model('local', '0', Local(), label_table(), 2.0, 2, {})
     x = torch.rand(2, 40, 52, 34)
     whole = posteriors(x, model)
-    monkeypatch.setattr('babyseg_bids.network.prediction._SMALLEST', 16)
-    monkeypatch.setattr('babyseg_bids.network.prediction._OVERLAP', 8)
+    monkeypatch.setattr('babyseg_bids.network.boxes._SMALLEST', 16)
+    monkeypatch.setattr('babyseg_bids.network.boxes._OVERLAP', 8)
     monkeypatch.setattr('babyseg_bids.network.prediction.free_memory', lambda _: 0.01)
     torch.testing.assert_close(posteriors(x, model), whole, atol=1e-5, rtol=0)
 
 
-def test_too_small_a_gpu_ends_on_the_cpu_and_says_so(patches, monkeypatch, caplog):
+def test_too_small_a_gpu_tries_blocks_then_the_cpu_and_says_so(patches, monkeypatch, caplog):
     tried = []
     real = prediction._predict
 
@@ -536,10 +548,14 @@ def test_too_small_a_gpu_ends_on_the_cpu_and_says_so(patches, monkeypatch, caplo
 
     monkeypatch.setattr(prediction, '_predict', small)
     monkeypatch.setattr(prediction, 'free_memory', lambda _: 2.0)
-    result = predict(torch.rand(1, 16, 16, 16), patches, device='cuda:0')
+    monkeypatch.setattr(inference, 'choose_device', lambda _: 'cuda:0')
+    prepare = inference._prepare
+    monkeypatch.setattr(inference, '_prepare', lambda s, m, _: prepare(s, m, 'cpu'))
+    scan = (np.random.default_rng(0).random((20, 24, 16)), np.eye(4))
+    result = segment([scan], patches, device='cuda')
     assert tried == [('cuda:0', 2.0), ('cuda:0', 0.5), ('cpu', 2.0)]
-    assert result.device == 'cpu'
-    assert 'smaller blocks' in caplog.text and 'trying the CPU' in caplog.text
+    assert result.device == 'cpu' and result.seconds > 0
+    assert 'trying blocks' in caplog.text and 'trying the CPU' in caplog.text
 
 
 def test_a_gpu_too_small_for_the_scans_themselves_leaves_them_to_the_cpu(
@@ -555,6 +571,5 @@ def test_a_gpu_too_small_for_the_scans_themselves_leaves_them_to_the_cpu(
     monkeypatch.setattr(inference, '_prepare', small)
     monkeypatch.setattr(inference, 'choose_device', lambda _: 'cuda:0')
     scan = (np.random.default_rng(0).random((20, 24, 16)), np.eye(4))
-    result = segment([scan], patches, device='cuda')
-    assert result.device == 'cpu' and result.seconds > 0
+    assert segment([scan], patches, device='cuda').device == 'cpu'
     assert 'trying the CPU' in caplog.text

@@ -12,7 +12,9 @@ from babyseg_bids.network.layers import (
     concatenate,
     convolve_upsampled,
     flat,
+    from_patches,
     max_pool,
+    to_patches,
     upsample,
 )
 from babyseg_bids.network.unet import (
@@ -148,6 +150,33 @@ def test_layers_keep_the_channels_last_layout(batch, scans, learning):
     with torch.set_grad_enabled(learning):
         network(torch.rand(batch, scans, 16, 16, 16))
     assert not lost
+
+
+@pytest.mark.parametrize('dim', [1, 2, 3])
+@pytest.mark.parametrize('patch', [1, 2, 3])
+def test_patches_and_back_are_the_same_voxels(dim, patch):
+    x = torch.rand(2, 1, *[2 * patch, 3 * patch, 4 * patch][:dim])
+    y = to_patches(x, patch)
+    assert y.shape == (2, 1, patch**dim, *[2, 3, 4][:dim])
+    # The first channel is the first place of each patch, the last axis changing fastest.
+    assert torch.equal(y[:, :, 0], x[(..., *[slice(None, None, patch)] * dim)])
+    assert torch.equal(from_patches(y[:, 0], patch)[:, 0], x[:, 0])
+
+
+def test_a_network_of_patches_gives_each_voxel_its_own_logits():
+    network = small(dim=3, patch=2)
+    assert network.config.multiple == 8 and network.config.fitting((1, 8, 8.5)) == (8, 8, 16)
+    x = torch.rand(2, 3, 8, 16, 8)
+    logits = network(x)
+    assert logits.shape == (2, 4, 8, 16, 8)
+    weight, bias = network.classifier()
+    places = torch.nn.functional.linear(network.features(x).movedim(1, -1), weight, bias)
+    torch.testing.assert_close(places[..., 4:8], logits[..., ::2, ::2, 1::2].movedim(1, -1))
+
+
+def test_patches_without_a_head_are_refused():
+    with pytest.raises(ModelError, match='needs a head'):
+        NetworkConfig(labels=2, encoder=(2,), decoder=(2,), patch=2)
 
 
 def test_a_size_that_does_not_fit_is_named():

@@ -133,6 +133,17 @@ def test_the_same_step_draws_the_same_batch():
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
+def test_a_share_of_the_steps_sees_more_in_wider_voxels():
+    source = [phantom(3)]
+    size = PLAN.stages[0].size
+    shares = {wide: replace(PLAN, wide=wide) for wide in (0.0, 1.0)}
+    close, far = (SyntheticBatches(source, p, 0, 8)[0][1] for p in shares.values())
+    assert close.shape[1:] == size
+    assert far.shape[1:] == PLAN.network.fitting([0.75 * n for n in size])
+    # The same brain, of an eighth of the voxels.
+    assert 4 < (close > 0).sum() / (far > 0).sum() < 16
+
+
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path):
     maps = [phantom(3)]
     torch.use_deterministic_algorithms(True)

@@ -4,13 +4,14 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from babyseg_bids.errors import InputError
+from babyseg_bids.network.boxes import box_around
 from babyseg_bids.network.device import choose_device
 from babyseg_bids.network.grid import (
     WorkingGrid,
@@ -90,20 +91,23 @@ def segment(
         torch.set_num_threads(threads)
     where = choose_device(device)
     try:
-        result = _segment(scans, model, where, keep_probabilities)
+        return _segment(scans, model, where, keep_probabilities, began)
     except torch.OutOfMemoryError:
         if where == 'cpu':
             raise
-        torch.cuda.empty_cache()
         _LOG.warning('The memory of %s is too small for this scan; trying the CPU.', where)
-        result = _segment(scans, model, 'cpu', keep_probabilities)
-    return replace(result, seconds=time.monotonic() - began)
+    torch.cuda.empty_cache()
+    return _segment(scans, model, 'cpu', keep_probabilities, began)
 
 
 def _segment(
-    scans: Sequence[tuple[np.ndarray, np.ndarray]], model: Model, device: str, keep: bool
+    scans: Sequence[tuple[np.ndarray, np.ndarray]],
+    model: Model,
+    device: str,
+    keep: bool,
+    began: float,
 ) -> Segmentation:
-    """`segment` on one device; the time is left open."""
+    """`segment` on one device."""
     image, affine = scans[0]
     turned = False
     # Of the official network, several scans would leave holes of gigabytes in what is kept.
@@ -118,7 +122,7 @@ def _segment(
             if len(scans) > 1:
                 give_back_freed_memory()
             result = predict(prepared, model, device=device, either_way=True)
-            posteriors, turned, device = result.posteriors, result.turned, result.device
+            posteriors, turned = result.posteriors, result.turned
             grid = grid.part(result.box)
         labels, uncertainty, probabilities, volumes, confidence = _to_reference(
             posteriors, grid, image.shape, affine, model, keep
@@ -130,7 +134,7 @@ def _segment(
         soft_volumes=volumes,
         confidence=confidence,
         device=device,
-        seconds=float('nan'),
+        seconds=time.monotonic() - began,
         turned=turned,
     )
 
@@ -204,7 +208,7 @@ def _to_reference(
         probabilities = np.zeros((*shape, len(indices)), np.float16)
         probabilities[..., 0] = 1
     # Where the grid does not reach and where no structure is likely is background.
-    brain = _box(posteriors[0] < 1 - _NEGLIGIBLE / 2)
+    brain = box_around(posteriors[0] < 1 - _NEGLIGIBLE / 2)
     boxes = _boxes(posteriors)
     for slab in _slabs(reference_box(brain, grid, shape)) if brain else ():
         best = from_grid(posteriors[0], grid, slab)
@@ -267,14 +271,3 @@ def _boxes(posteriors: Tensor) -> list[tuple[slice, ...] | None]:
         found = all(len(e) for e in ends)
         boxes.append(tuple(slice(int(e[0]), int(e[-1]) + 1) for e in ends) if found else None)
     return boxes
-
-
-def _box(mask: Tensor) -> tuple[slice, ...] | None:
-    if not bool(mask.any()):
-        return None
-    box = []
-    for axis in range(3):
-        other = [a for a in range(3) if a != axis]
-        used = mask.any(other[1]).any(other[0]).nonzero()
-        box.append(slice(int(used[0]), int(used[-1]) + 1))
-    return tuple(box)

@@ -139,6 +139,11 @@ class GroupUNet(nn.Module):
         logits: Tensor = self.add[-1](self.features(x)[:, None]).squeeze(1)
         return from_patches(logits, self.config.patch)
 
+    def classifier(self) -> tuple[Tensor, Tensor]:
+        """Weight (patch ** D * labels, C) and bias of the last layer, after a head."""
+        weight, bias = self.add[-1].folded()
+        return weight.flatten(1), bias
+
     def features(self, x: Tensor) -> Tensor:
         """All but the last layer, of scans (B, G, *size): (B, C, *size / patch)."""
         # The mean over scans commutes with up-sampling and joining, and there is less of it.

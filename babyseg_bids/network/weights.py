@@ -59,8 +59,7 @@ def shipped_models() -> dict[str, Path]:
 
 def new_model(network: GroupUNet, **about: Any) -> Model:
     """A model of ours; `about` are further parameters of `Model`."""
-    multiple = network.config.multiple
-    return Model(network=network, labels=label_table(), multiple=multiple, **about)
+    return Model(network=network, labels=label_table(), multiple=network.config.multiple, **about)
 
 
 def save_model(path: Path, model: Model, /) -> None:

@@ -7,22 +7,31 @@ python docs/_pictures.py demo out
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import torch
+import torch.nn.functional as F
 from nibabel.processing import resample_from_to
 from PIL import Image
 
 from babyseg_bids.labels import label_table
+from babyseg_bids.network import load_model
+from babyseg_bids.network.prediction import predict
 from babyseg_bids.synthesis.finetune import drawn_brains
 from babyseg_bids.synthesis.gallery import picture
 from babyseg_bids.synthesis.generator import draw_sample
+from babyseg_bids.synthesis.losses import hard_dice
 from babyseg_bids.synthesis.settings import load_settings, update
 
 HERE = Path(__file__).parent / 'images'
 # Age in months, seed of the brain, and preset of the samples shown.
 SAMPLES = ((1, 1, 'newborn'), (6, 2, 'default'), (18, 3, 'clinical'), (36, 4, 'low-field'))
+# Ages in months of the drawn brains whose out-of-range scans are segmented, so many scans of each,
+# and how many of the worst are shown.
+AGES, TRIES, WORST = (1, 3, 6, 12, 24), 6, 4
 
 
 def samples() -> Image.Image:
@@ -34,6 +43,45 @@ def samples() -> Image.Image:
         sample = draw_sample(drawn_brains([(age, seed)]), seed=seed, settings=settings)
         columns.append(np.asarray(Image.open(io.BytesIO(picture(sample))).convert('RGB')))
     return Image.fromarray(np.concatenate(columns, 1))
+
+
+def failures() -> tuple[Image.Image, str]:
+    """The worst of some out-of-range scans, in columns: scan, true labels, result; three planes.
+
+    Returns the picture and a line on each column.
+    """
+    model = load_model()
+    settings = update(
+        load_settings('hard'), {'size': (160, 192, 160), 'spacing': 1.0, 'group_shares': (1.0,)}
+    )
+    found = []
+    for age in AGES:
+        for seed in range(len(found), len(found) + TRIES):
+            sample = draw_sample(drawn_brains([(age, seed)]), seed=seed, settings=settings)
+            labels = predict(sample.images, model).channels(sample.target.shape)
+            each = hard_dice(labels, sample.target, classes=len(model.labels))[1:]
+            dice = float(each[~torch.isnan(each)].mean())
+            centre = sample.target.nonzero().float().mean(0).long().tolist()
+            shown = replace(
+                sample,
+                images=_around(sample.images, centre),
+                target=_around(sample.target, centre),
+            )
+            panel = Image.open(io.BytesIO(picture(shown, _around(labels, centre)))).convert('RGB')
+            found.append((dice, f'{age} months, seed {seed}: Dice {dice:.2f}', np.asarray(panel)))
+    found.sort(key=lambda f: f[0])
+    lines = [text for _, text, _ in found[:WORST]]
+    lines.append(f'all {len(found)}: Dice {np.mean([dice for dice, _, _ in found]):.2f}')
+    whole = np.concatenate([panel for _, _, panel in found[:WORST]], 1)
+    return Image.fromarray(whole), '\n'.join(lines)
+
+
+def _around(x: torch.Tensor, centre: list[int], size: int = 144) -> torch.Tensor:
+    """A cube of (..., X, Y, Z) around a voxel; zero beyond the volume."""
+    x = F.pad(x, [size // 2] * 6)
+    for axis, middle in enumerate(centre):
+        x = x.narrow(axis - 3, middle, size)
+    return x
 
 
 def session(bids: Path, out: Path, name: str = 'sub-01_ses-9mo') -> Image.Image:
@@ -88,6 +136,9 @@ def main() -> None:
     """Write all pictures."""
     HERE.mkdir(exist_ok=True)
     samples().save(HERE / 'samples.webp', quality=80)
+    worst, lines = failures()
+    worst.save(HERE / 'failures.webp', quality=80)
+    print(lines)
     if len(sys.argv) == 3:
         session(Path(sys.argv[1]), Path(sys.argv[2])).save(HERE / 'session.webp', quality=80)
 

@@ -21,7 +21,7 @@ from babyseg_bids.network.grid import blur
 # White matter and cortex of each hemisphere.
 PAIRS = ((2, 3), (41, 42))
 # Deviation of the window in which means and variance are estimated, mm.
-WINDOW = 8.0
+WINDOW = 14.0
 # Rounds in which the tissues of the window are estimated anew, on half the resolution; the window
 # itself is wide enough for a quarter.
 ROUNDS = 3
@@ -29,11 +29,11 @@ ROUNDS = 3
 # intensities, too, and fluid in a sulcus may look like white matter.
 MOST = 10.0
 # Likelihood of what neither tissue explains, relative to the peak of a Gaussian.
-OUTLIER = 0.05
+OUTLIER = 0.02
 # Smallest deviation of the intensities, of their range 0..1.
 LEAST_DEVIATION = 0.03
 # How much the means of the whole brain count in a window, voxels of it.
-_ANCHOR = 0.05
+_ANCHOR = 0.2
 
 
 def redistribute(

@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Iterator
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -150,12 +150,9 @@ def test_a_signal_ends_the_container_with_the_answer_of_the_program(
     with subprocess.Popen(words, env=podman, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert 'ready\n' in iter(process.stdout.readline, '')
-        # On a busy machine podman may lose a signal that comes right after the first words.
-        for _ in range(PODMAN_SECONDS):
-            process.send_signal(signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(1)
-                break
+        # On a busy machine podman passes signals on only some time after the first words.
+        time.sleep(15)
+        process.send_signal(signal.SIGTERM)
         assert process.wait(PODMAN_SECONDS) == 77
 
 

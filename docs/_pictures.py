@@ -19,7 +19,7 @@ from PIL import Image
 
 from babyseg_bids.labels import label_table
 from babyseg_bids.network import load_model
-from babyseg_bids.network.prediction import predict
+from babyseg_bids.synthesis.evaluate import segment_sample
 from babyseg_bids.synthesis.finetune import drawn_brains
 from babyseg_bids.synthesis.gallery import picture
 from babyseg_bids.synthesis.generator import draw_sample
@@ -58,7 +58,7 @@ def failures() -> tuple[Image.Image, str]:
     for age in AGES:
         for seed in range(len(found), len(found) + TRIES):
             sample = draw_sample(drawn_brains([(age, seed)]), seed=seed, settings=settings)
-            labels = predict(sample.images, model).channels(sample.target.shape)
+            labels = segment_sample(sample.images, model).channels(sample.target.shape)
             each = hard_dice(labels, sample.target, classes=len(model.labels))[1:]
             dice = float(each[~torch.isnan(each)].mean())
             centre = sample.target.nonzero().float().mean(0).long().tolist()

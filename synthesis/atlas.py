@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import ndimage
 from torch import Tensor
@@ -44,6 +45,8 @@ NOISE_SPACING = 6.0
 # Averaging rubs out what is thin: sulci (background) and the blades of white matter in the gyri.
 # Added to their log probabilities, these bring tissue volumes back to those of the sources.
 THIN = {'background': 1.2, 'white-matter': 0.35}
+# The heads of the training maps stand with the face raised by so much against the atlas, degrees.
+TRAINING_PITCH = 3.7
 # Output voxels that are drawn at once, so that 28 scores a voxel stay within 50 MB.
 _BLOCK = 400_000
 
@@ -312,14 +315,44 @@ def build_atlas(label_map_dir: Path, out: Path) -> Atlas:
     return atlas
 
 
+def layout(atlas: Atlas, /) -> pd.DataFrame:
+    """Centre (x, y, z; mm, RAS) and volume (mm3) of each structure of the brain, by its number.
+
+    The mean over the atlas's ages, symmetric as the atlas is, turned as the heads of the training
+    maps stand. Structures that fields of view cut off and masks leave out are left out:
+    cerebellum, brainstem and fourth ventricle.
+    """
+    c, s = np.cos(np.deg2rad(TRAINING_PITCH)), np.sin(np.deg2rad(TRAINING_PITCH))
+    pitch = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+    whole = [atlas.dense(float(age)) for age in atlas.ages]
+    rows = []
+    for channel, label in enumerate(label_table().rows):
+        if not label.index or label.tissue in ('cerebellum', 'brainstem') or label.index == 15:
+            continue
+        shares = [p[channel] / p[channel].sum() for p in whole]
+        volume = np.mean([p[channel].sum() for p in whole]) * atlas.spacing**3
+        centre = []
+        for axis, n in enumerate(shares[0].shape):
+            others = tuple(a for a in range(3) if a != axis)
+            index = np.mean([p.sum(others) @ np.arange(n) for p in shares])
+            centre.append(atlas.origin[axis] + atlas.spacing * index)
+        rows.append((label.index, *np.round(pitch @ centre, 1), round(volume)))
+    return pd.DataFrame(rows, columns=['index', 'x', 'y', 'z', 'volume'])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: `build DIR OUT`. Returns the exit code."""
+    """Command line: `build DIR OUT` or `layout OUT`. Returns the exit code."""
     parser = argparse.ArgumentParser(prog='python -m babyseg_bids.synthesis.atlas')
     commands = parser.add_subparsers(dest='command', required=True)
     build = commands.add_parser('build', help='compute the atlas from label maps')
     build.add_argument('label_map_dir', type=Path, help='folder with maps named like 03mo.nii.gz')
     build.add_argument('out', type=Path, help='file to write, .npz')
+    centres = commands.add_parser('layout', help="the shipped atlas's centres of the structures")
+    centres.add_argument('out', type=Path, help='file to write, .tsv')
     arguments = parser.parse_args(argv)
+    if arguments.command == 'layout':
+        layout(load_atlas()).to_csv(arguments.out, sep='\t', index=False)
+        return 0
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     try:
         build_atlas(arguments.label_map_dir, arguments.out)

@@ -5,9 +5,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from babyseg_bids.labels import label_table
+from babyseg_bids.network.grid import WorkingGrid, from_grid, onto_grid, reference_box
+from babyseg_bids.network.head import put_upright
+from babyseg_bids.network.intensity import normalise
 from babyseg_bids.network.prediction import Prediction, predict
 from babyseg_bids.network.weights import Model
 from babyseg_bids.synthesis.generator import draw_sample
@@ -74,8 +78,33 @@ def held_out_cases(
     for source in maps:
         for i in range(samples):
             sample = draw_sample([source, *donors], seed=seed + i, settings=settings)
-            prediction = predict(change(sample.images), model, both_sides=both_sides)
+            prediction = segment_sample(change(sample.images), model, both_sides=both_sides)
             yield Case(source.name, sample.target, prediction)
+
+
+def segment_sample(images: Tensor, model: Model, /, *, both_sides: bool = True) -> Prediction:
+    """Segment the images (G, *size) of a sample as `network.segment` does scans.
+
+    Returns
+    -------
+    posteriors on the images' own grid, also where the head was put upright
+    """
+    size = tuple(images.shape[1:])
+    affine = np.diag([model.spacing] * 3 + [1.0])
+    own = WorkingGrid(size, affine, np.eye(4))  # type: ignore[arg-type]
+
+    def on(grid: WorkingGrid) -> Tensor:
+        if grid is own:
+            return images
+        return torch.stack([normalise(onto_grid(x, affine, grid)) for x in images])
+
+    standing = put_upright(on, own, model, device='cpu')
+    found = predict(standing.scans, model, both_sides=both_sides, part=standing.part)
+    if standing.grid is own:
+        return found
+    grid = standing.grid.part(found.box)
+    box = reference_box([slice(0, n) for n in grid.size], grid, size)
+    return Prediction(torch.stack([from_grid(p, grid, box) for p in found.posteriors]), box)
 
 
 def evaluate(cases: Iterable[Case], /) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from babyseg_bids.errors import InputError, UsageError
 from babyseg_bids.labels import label_table
-from babyseg_bids.network.prediction import WIDE
+from babyseg_bids.network.head import WIDE
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 from babyseg_bids.resources import freed_memory_kept
 from babyseg_bids.synthesis.gallery import picture, side_by_side
@@ -83,7 +83,7 @@ class TrainingPlan:
     rate : peak learning rate; it warms up, stays, and falls to zero over the last `decay` share
     average : decay of the exponential moving average of the weights
     wide : share of the steps whose voxels are `WIDE` times as wide, and whose scans show half as
-        much again: the network also has to find the head at a glance (see `prediction`)
+        much again: the network also has to find the head at a glance (see `head`)
     """
 
     stages: tuple[Stage, ...]

@@ -63,7 +63,7 @@ def case():
     p[0] = 0.9
     p[1] = 0.1
     p[:, 1:5, 1:5, 1:5] = torch.tensor([0.2, 0.8, 0.0]).view(3, 1, 1, 1)
-    prediction = Prediction(p, (slice(1, 7),) * 3, turned=False)
+    prediction = Prediction(p, (slice(1, 7),) * 3)
     return Case('child', target, prediction)
 
 

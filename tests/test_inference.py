@@ -13,8 +13,11 @@ from babyseg_bids.network import (
     Model,
     boxes,
     choose_device,
+    head,
     inference,
     load_model,
+    looks,
+    masks,
     prediction,
     segment,
 )
@@ -26,8 +29,10 @@ from babyseg_bids.network.grid import (
     reference_box,
     working_grid,
 )
+from babyseg_bids.network.head import find_head
 from babyseg_bids.network.intensity import normalise
-from babyseg_bids.network.prediction import islands, predict
+from babyseg_bids.network.masks import islands
+from babyseg_bids.network.prediction import predict
 from babyseg_bids.network.tissue import redistribute
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 from babyseg_bids.network.weights import new_model, save_model
@@ -284,7 +289,7 @@ def test_a_mask_grows_by_a_cube(size, width):
     mask = torch.rand(size, generator=torch.Generator().manual_seed(0)) < 0.01
     cube = np.ones((2 * width + 1,) * 3)
     expected = ndimage.binary_dilation(mask.numpy(), cube)
-    np.testing.assert_array_equal(prediction._grown(mask, width).numpy(), expected)
+    np.testing.assert_array_equal(masks.grown(mask, width).numpy(), expected)
 
 
 def test_a_speck_is_an_island_even_where_it_touches_a_corner():
@@ -383,8 +388,11 @@ class FrontNetwork(Stand):
     def forward(self, x):
         bright = x.mean(1) > 0.3
         indices = label_table().indices.tolist()
-        left = (torch.arange(x.shape[2]) < x.shape[2] / 2).view(1, -1, 1, 1)
-        front = (torch.arange(x.shape[3]) > 0.75 * x.shape[3]).view(1, 1, -1, 1)
+        head = bright[0].nonzero().float()
+        middle = head[:, 0].mean()
+        quarter = head[:, 1].quantile(0.75)
+        left = (torch.arange(x.shape[2]) < middle).view(1, -1, 1, 1)
+        front = (torch.arange(x.shape[3]) > quarter).view(1, 1, -1, 1)
         names = torch.where(left, torch.where(front, 10, 12), torch.where(front, 49, 51))
         names = torch.where(bright, names, 0)
         channel = torch.zeros(61, dtype=torch.long)
@@ -396,17 +404,19 @@ class FrontNetwork(Stand):
 @pytest.mark.parametrize('backwards', [False, True])
 def test_a_head_that_faces_backwards_is_noticed_and_keeps_its_own_sides(backwards):
     model = Model('front', '0', FrontNetwork(), label_table(), 2.0, 16, {})
-    x = torch.full((1, 32, 32, 32), 0.5)
-    x[:, :, 24:] = 0.9
-    x[:, :16] += 0.05  # The child's left is a little brighter.
-    x += 0.01 * torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
-    scans = x.flip(1, 2) if backwards else x
-    result = predict(scans, model, either_way=True)
+    x = np.zeros((40, 40, 40), np.float32)
+    inside = x[4:-4, 4:-4, 4:-4]
+    inside[:] = 0.5
+    inside[:, 24:] = 0.9
+    inside[:16] += 0.05  # The child's left is a little brighter.
+    inside += 0.01 * np.random.default_rng(0).random(inside.shape, np.float32)
+    scan = x[::-1, ::-1] if backwards else x
+    result = segment([(scan, np.diag([2.0, 2, 2, 1]))], model)
     assert result.turned is backwards
-    labels = label_table().indices[result.channels(x.shape[1:])]
-    assert scans[0][np.isin(labels, (10, 49))].min() > 0.85
-    left = scans[0][labels == 12].mean()
-    assert left > scans[0][labels == 51].mean() + 0.03
+    assert result.turn_degrees == pytest.approx(180 * backwards)
+    assert scan[np.isin(result.labels, (10, 49))].min() > 0.85
+    left = scan[result.labels == 12].mean()
+    assert left > scan[result.labels == 51].mean() + 0.03
 
 
 @pytest.fixture
@@ -490,7 +500,8 @@ def test_one_scan_finds_the_head_and_its_direction_and_all_are_segmented():
     model = Model('bright', '0', network, label_table(), 2.0, 2, {})
     x = torch.zeros(3, 40, 40, 40)
     x[:, 10:20, 4:20, 20:24] = torch.tensor([6.0, 9.0, 9.0])[:, None, None, None]
-    predict(x, model, either_way=True)
+    part = find_head(x, model, either_way=True).part
+    predict(x, model, part=part)
     assert network.scans == [1, 1, 3, 3]
     assert network.sizes[:2] == [(20, 20, 20)] * 2
     assert len(set(network.sizes[2:])) == 1
@@ -532,25 +543,26 @@ def test_the_unet_in_blocks_where_memory_is_short(monkeypatch):
     whole = posteriors(x, model)
     monkeypatch.setattr('babyseg_bids.network.boxes._SMALLEST', 16)
     monkeypatch.setattr('babyseg_bids.network.boxes._OVERLAP', 8)
-    monkeypatch.setattr('babyseg_bids.network.prediction.free_memory', lambda _: 0.01)
+    monkeypatch.setattr(looks, 'free_memory', lambda _: 0.01)
     torch.testing.assert_close(posteriors(x, model), whole, atol=1e-5, rtol=0)
 
 
 def test_too_small_a_gpu_tries_blocks_then_the_cpu_and_says_so(patches, monkeypatch, caplog):
     tried = []
-    real = prediction._predict
+    find, real = head._find, prediction._predict
 
-    def small(scans, model, device, room, **options):
+    def small(scans, part, model, device, room, both_sides):
         tried.append((device, room))
         if device != 'cpu':
             raise torch.OutOfMemoryError
-        return real(scans, model, device, room, **options)
+        return real(scans, part, model, device, room, both_sides)
 
+    monkeypatch.setattr(head, '_find', lambda x, model, _, *how: find(x, model, 'cpu', *how))
     monkeypatch.setattr(prediction, '_predict', small)
-    monkeypatch.setattr(prediction, 'free_memory', lambda _: 2.0)
+    monkeypatch.setattr(looks, 'free_memory', lambda _: 2.0)
     monkeypatch.setattr(inference, 'choose_device', lambda _: 'cuda:0')
-    prepare = inference._prepare
-    monkeypatch.setattr(inference, '_prepare', lambda s, m, _: prepare(s, m, 'cpu'))
+    prepare = inference._on
+    monkeypatch.setattr(inference, '_on', lambda g, s, _: prepare(g, s, 'cpu'))
     scan = (np.random.default_rng(0).random((20, 24, 16)), np.eye(4))
     result = segment([scan], patches, device='cuda')
     assert tried == [('cuda:0', 2.0), ('cuda:0', 0.5), ('cpu', 2.0)]
@@ -561,14 +573,14 @@ def test_too_small_a_gpu_tries_blocks_then_the_cpu_and_says_so(patches, monkeypa
 def test_a_gpu_too_small_for_the_scans_themselves_leaves_them_to_the_cpu(
     patches, monkeypatch, caplog
 ):
-    real = inference._prepare
+    real = inference._on
 
-    def small(scans, model, device):
+    def small(grid, scans, device):
         if device != 'cpu':
             raise torch.OutOfMemoryError
-        return real(scans, model, device)
+        return real(grid, scans, device)
 
-    monkeypatch.setattr(inference, '_prepare', small)
+    monkeypatch.setattr(inference, '_on', small)
     monkeypatch.setattr(inference, 'choose_device', lambda _: 'cuda:0')
     scan = (np.random.default_rng(0).random((20, 24, 16)), np.eye(4))
     assert segment([scan], patches, device='cuda').device == 'cpu'

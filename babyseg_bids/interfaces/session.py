@@ -189,6 +189,7 @@ class SegmentScans(SimpleInterface):
             'seconds': round(time.monotonic() - began, 2),
             'model': f'{model.name} {model.version}',
             'turned': result.turned,
+            'turn_degrees': round(result.turn_degrees, 1),
         }
         path = folder / 'measures.json'
         path.write_text(json.dumps(measures))
@@ -473,7 +474,7 @@ class PublishSession(SimpleInterface):
         ledger = {
             **session.to_dict(),
             'version': __version__,
-            **{k: measures[k] for k in ('model', 'device', 'seconds', 'turned')},
+            **{k: measures[k] for k in ('model', 'device', 'seconds', 'turned', 'turn_degrees')},
             'settings': self.inputs.settings,
             'inputs': [input_record(s) for s in given.scans],
             'alignments': [

@@ -1,8 +1,8 @@
 """Geometry: the grid that the network works on, and the way there and back.
 
-The grid has the reference scan's own axes, reordered and flipped to be nearest to RAS, so that an
-upright head is upright for the network and the way back is separable. Affines are (4, 4) arrays
-from voxel indices to world coordinates, RAS, mm.
+The grid has the reference scan's own axes, reordered and flipped to be nearest to RAS, so that the
+way back is separable; where a head lies far from upright in them, the grid is turned with it.
+Affines are (4, 4) arrays from voxel indices to world coordinates, RAS, mm.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,8 @@ _ANTIALIAS = 0.42
 _STEP_COVERS = 1.5
 # Grids whose axes leave a scan's by less than this over their length, voxels, count as parallel.
 _PARALLEL = 1e-3
+# What the inverse of a matrix may be off by, voxels.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -34,28 +36,39 @@ class WorkingGrid:
     ----------
     size : voxels (3,)
     affine : (4, 4)
-    to_reference : for each axis of the reference, the grid axis it runs along, and its scale and
-        offset: grid index = scale * reference index + offset
+    from_reference : (4, 4), from voxel indices of the reference to those of the grid
     fades : whether values fade to zero beyond the grid instead of being extended
     """
 
     size: tuple[int, int, int]
     affine: np.ndarray
-    to_reference: tuple[tuple[int, float, float], ...]
+    from_reference: np.ndarray
     fades: bool = False
 
     def part(self, box: Sequence[slice]) -> 'WorkingGrid':
         """The grid of a box of this one."""
-        shift = np.eye(4)
-        shift[:3, 3] = [s.start for s in box]
+        start = nib.affines.from_matvec(np.eye(3), [s.start for s in box])
+        return self._through(start, [s.stop - s.start for s in box])
+
+    def turned(self, rotation: np.ndarray, low: np.ndarray, size: Sequence[int]) -> 'WorkingGrid':
+        """A grid of voxels as large whose axes are turned against this one's.
+
+        Parameters
+        ----------
+        rotation : (3, 3), takes an index of this grid to one along the new axes
+        low : (3,), index along the new axes of the new grid's first voxel
+        size : (3,), of the new grid
+        """
+        back = rotation.T
+        return self._through(nib.affines.from_matvec(back, back @ low), size)
+
+    def _through(self, to_this: np.ndarray, size: Sequence[int]) -> 'WorkingGrid':
+        """The grid whose indices a matrix (4, 4) takes to those of this one."""
         return replace(
             self,
-            size=tuple(s.stop - s.start for s in box),
-            affine=self.affine @ shift,
-            to_reference=tuple(
-                (along, scale, offset - box[along].start)
-                for along, scale, offset in self.to_reference
-            ),
+            size=tuple(size),
+            affine=self.affine @ to_this,
+            from_reference=np.linalg.inv(to_this) @ self.from_reference,
         )
 
 
@@ -95,7 +108,6 @@ def working_grid(
         orientation = np.array([[0, 1], [1, 1], [2, 1]])
     zooms = nib.affines.voxel_sizes(affine)
     size = [0, 0, 0]
-    to_reference: list[tuple[int, float, float]] = []
     # Column a: step in reference voxels for one step along grid axis a.
     to_voxel = np.eye(4)
     to_voxel[:3, :3] = 0
@@ -108,8 +120,7 @@ def working_grid(
         start = middle - step * (size[along] - 1) / 2
         to_voxel[axis, along] = step
         to_voxel[axis, 3] = start
-        to_reference.append((along, 1 / step, -start / step))
-    return WorkingGrid(tuple(size), affine @ to_voxel, tuple(to_reference))  # type: ignore[arg-type]
+    return WorkingGrid(tuple(size), affine @ to_voxel, np.linalg.inv(to_voxel))  # type: ignore[arg-type]
 
 
 def averaged(
@@ -171,30 +182,49 @@ def onto_grid(
             x = along_axis(matrix.to(x), x, along)
         return x.contiguous()
     x = blur(x, sigmas.tolist())
+    shift = nib.affines.from_matvec(np.eye(3), [-s.start for s in box])
+    return _sample(x, shift @ from_grid, [slice(0, n) for n in grid.size])
+
+
+def _sample(
+    x: Tensor, matrix: np.ndarray, box: Sequence[slice], /, *, extended: bool = False
+) -> Tensor:
+    """Linearly interpolate (X, Y, Z) at the voxels that a matrix (4, 4) gives for a box's indices.
+
+    Parameters
+    ----------
+    extended : continue the values at the border beyond it, instead of fading to zero
+    """
     # grid_sample wants coordinates from -1 to 1 at the outer faces, last axis first.
-    to_unit = torch.from_numpy(from_grid[:3])
+    to_unit = torch.from_numpy(matrix[:3].copy())
     for axis in range(3):
-        to_unit[axis, 3] += 0.5 - box[axis].start
+        to_unit[axis, 3] += 0.5
         to_unit[axis] *= 2 / x.shape[axis]
         to_unit[axis, 3] -= 1
     to_unit = to_unit.float().to(x.device)
-    axes = [torch.arange(s, dtype=torch.float32, device=x.device) for s in grid.size]
+    axes = [torch.arange(s.start, s.stop, dtype=torch.float32, device=x.device) for s in box]
     where = (
         to_unit[:, 0] * axes[0][:, None, None, None]
         + to_unit[:, 1] * axes[1][None, :, None, None]
         + to_unit[:, 2] * axes[2][None, None, :, None]
         + to_unit[:, 3]
     )
-    return F.grid_sample(x[None, None], where.flip(-1)[None], align_corners=False)[0, 0]
+    padding = 'border' if extended else 'zeros'
+    return F.grid_sample(
+        x[None, None], where.flip(-1)[None], padding_mode=padding, align_corners=False
+    )[0, 0]
 
 
-def _parallel(from_grid: np.ndarray, size: Sequence[int], /) -> list[int] | None:
-    """The scan axis that each axis of a grid runs along; None if a scan is turned against it."""
-    turns = np.abs(from_grid[:3, :3])
+def _parallel(matrix: np.ndarray, size: Sequence[int], /) -> list[int] | None:
+    """The axis behind a matrix (4, 4) that each axis of so many voxels runs along.
+
+    None if one is oblique.
+    """
+    turns = np.abs(matrix[:3, :3])
     axes = turns.argmax(0).tolist()
     across = turns.copy()
     across[axes, range(3)] = 0
-    # Scan voxels by which the grid leaves its axes from one end to the other.
+    # Voxels by which an axis leaves the one behind from one end to the other.
     if len(set(axes)) < 3 or (across @ np.array(size)).max() > _PARALLEL:
         return None
     return axes
@@ -237,13 +267,15 @@ def blur(x: Tensor, sigmas: Sequence[float], /) -> Tensor:
 def reference_box(
     box: Sequence[slice], grid: WorkingGrid, shape: Sequence[int], /
 ) -> tuple[slice, slice, slice]:
-    """Reference voxels whose interpolation touches a box of the grid."""
+    """Reference voxels whose interpolation may touch a box of the grid."""
+    ends = np.array(np.meshgrid(*[(s.start - 1, s.stop) for s in box])).reshape(3, -1).T
+    points = nib.affines.apply_affine(np.linalg.inv(grid.from_reference), ends)
     out = []
-    for axis, (along, scale, offset) in enumerate(grid.to_reference):
-        ends = [(e - offset) / scale for e in (box[along].start - 1, box[along].stop)]
-        low, high = int(np.ceil(min(ends))), int(np.floor(max(ends))) + 1
-        low = min(max(low, 0), shape[axis])
-        out.append(slice(low, max(low, min(high, shape[axis]))))
+    for axis, n in enumerate(shape):
+        low = int(np.ceil(points[:, axis].min() - _ROUNDING))
+        high = int(np.floor(points[:, axis].max() + _ROUNDING)) + 1
+        low = min(max(low, 0), n)
+        out.append(slice(low, max(low, min(high, n))))
     return tuple(out)  # type: ignore[return-value]
 
 
@@ -258,11 +290,17 @@ def from_grid(x: Tensor, grid: WorkingGrid, box: Sequence[slice], /) -> Tensor:
     -------
     Tensor of the box's shape; values outside the grid are those of its border, or fade to zero
     """
-    x = x.permute([along for along, _, _ in grid.to_reference])
-    for axis, (_, scale, offset) in enumerate(grid.to_reference):
+    matrix = grid.from_reference
+    if any(s.start >= s.stop for s in box):
+        return x.new_zeros([s.stop - s.start for s in box])
+    order = _parallel(matrix, [s.stop for s in box])
+    if order is None:
+        return _sample(x, matrix, box, extended=not grid.fades)
+    x = x.permute(order)
+    for axis, along in enumerate(order):
         n = x.shape[axis]
         index = torch.arange(box[axis].start, box[axis].stop, dtype=torch.float64)
-        index = scale * index + offset
+        index = matrix[along, axis] * index + matrix[along, 3]
         if not grid.fades:
             index = index.clamp(0, n - 1)
         x = along_axis(_interpolation(index, n).to(x), x, axis)

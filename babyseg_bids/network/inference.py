@@ -22,9 +22,11 @@ from babyseg_bids.network.grid import (
     reference_box,
     working_grid,
 )
+from babyseg_bids.network.head import angle_of, put_upright
 from babyseg_bids.network.intensity import normalise
+from babyseg_bids.network.looks import exact
 from babyseg_bids.network.official import conform
-from babyseg_bids.network.prediction import exact, predict
+from babyseg_bids.network.prediction import predict
 from babyseg_bids.network.weights import Model
 from babyseg_bids.resources import freed_memory_kept, give_back_freed_memory
 
@@ -49,7 +51,9 @@ class Segmentation:
     confidence : mean probability inside each label; NaN where it is absent
     device, seconds : where the network ran, and the time of the whole call
     turned : whether the head faces backwards in the world of its header (see
-        `prediction.predict`); the sides of the labels are then those of the child
+        `head.find_head`); the sides of the labels are then those of the child
+    turn_degrees : by which the head was put upright, from the scan's own axes; 0 for a head that
+        was left as it stands
     """
 
     labels: np.ndarray
@@ -60,6 +64,7 @@ class Segmentation:
     device: str
     seconds: float
     turned: bool = False
+    turn_degrees: float = 0.0
 
 
 def segment(
@@ -109,7 +114,7 @@ def _segment(
 ) -> Segmentation:
     """`segment` on one device."""
     image, affine = scans[0]
-    turned = False
+    turned, degrees = False, 0.0
     # Of the official network, several scans would leave holes of gigabytes in what is kept.
     kept = nullcontext() if model.official and len(scans) > 1 else freed_memory_kept()
     with torch.inference_mode(), kept:
@@ -117,13 +122,15 @@ def _segment(
             prepared, grid = conform(scans, device=device)
             posteriors = predict_official(prepared, model, device=device)
         else:
-            prepared, grid = _prepare(scans, model, device)
-            prepared = prepared[_fixed_order(prepared)]
+            small = [averaged(x, a, model.spacing) for x, a in scans]
+            grid = _grid(affine, small[0], model)
+            head = put_upright(lambda g: _on(g, small, device), grid, model, device=device)
             if len(scans) > 1:
                 give_back_freed_memory()
-            result = predict(prepared, model, device=device, either_way=True)
-            posteriors, turned = result.posteriors, result.turned
-            grid = grid.part(result.box)
+            turned = head.backwards
+            degrees = angle_of(np.linalg.inv(grid.affine[:3, :3]) @ head.grid.affine[:3, :3])
+            result = predict(head.scans, model, device=device, part=head.part)
+            posteriors, grid = result.posteriors, head.grid.part(result.box)
         labels, uncertainty, probabilities, volumes, confidence = _to_reference(
             posteriors, grid, image.shape, affine, model, keep
         )
@@ -136,25 +143,27 @@ def _segment(
         device=device,
         seconds=time.monotonic() - began,
         turned=turned,
+        turn_degrees=degrees,
     )
 
 
-def _prepare(
-    scans: Sequence[tuple[np.ndarray, np.ndarray]], model: Model, device: str
-) -> tuple[Tensor, WorkingGrid]:
-    """Scans (G, *size) in 0..1 on the model's grid of the first one."""
-    _, affine = scans[0]
-    prepared: list[Tensor] = []
-    for x, a in scans:
-        small, small_affine, sizes = averaged(x, a, model.spacing)
-        if not prepared:
-            box = [
-                slice(n * s.start, n * s.stop)
-                for n, s in zip(sizes, foreground_box(small), strict=True)
-            ]
-            grid = working_grid(affine, box, spacing=model.spacing, multiple=model.multiple)
-        prepared.append(normalise(onto_grid(_tensor(small, device), small_affine, grid)))
-    return torch.stack(prepared), grid
+# A scan, its affine, and how many voxels were averaged along each axis.
+_Averaged = tuple[np.ndarray, np.ndarray, tuple[int, int, int]]
+
+
+def _grid(affine: np.ndarray, small: _Averaged, model: Model) -> WorkingGrid:
+    """The model's grid of a scan with that affine, in the scan's own axes."""
+    x, _, sizes = small
+    box = [slice(n * s.start, n * s.stop) for n, s in zip(sizes, foreground_box(x), strict=True)]
+    return working_grid(affine, box, spacing=model.spacing, multiple=model.multiple)
+
+
+def _on(grid: WorkingGrid, scans: Sequence[_Averaged], device: str) -> Tensor:
+    """Scans (G, *size) in 0..1 on a grid, in an order of their own."""
+    prepared = torch.stack(
+        [normalise(onto_grid(_tensor(x, device), a, grid)) for x, a, _ in scans]
+    )
+    return prepared[_fixed_order(prepared)]
 
 
 def _fixed_order(scans: Tensor) -> list[int]:

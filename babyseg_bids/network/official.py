@@ -122,7 +122,6 @@ def official_grid(
     size, filled = [0, 0, 0], [slice(0)] * 3
     to_voxel = np.zeros((4, 4))
     to_voxel[3, 3] = 1
-    to_reference: list[tuple[int, float, float]] = []
     for axis, (world, flip) in enumerate(nib.io_orientation(affine)):
         along, direction = _ALONG[int(world)]
         voxels = int(high[axis] - low[axis])
@@ -137,11 +136,10 @@ def official_grid(
         start = (low[axis] if forward else high[axis] - 1) - step * first
         size[along], filled[along] = whole, slice(before, before + count)
         to_voxel[axis, along], to_voxel[axis, 3] = step, start
-        to_reference.append((along, 1 / step, -start / step))
     grid = WorkingGrid(
         tuple(size),  # type: ignore[arg-type]
         affine @ to_voxel,
-        tuple(to_reference),
+        np.linalg.inv(to_voxel),
         fades=True,
     )
     return grid, tuple(filled)

@@ -99,7 +99,7 @@ def segment_sample(images: Tensor, model: Model, /, *, both_sides: bool = True) 
         return torch.stack([normalise(onto_grid(x, affine, grid)) for x in images])
 
     standing = put_upright(on, own, model, device='cpu')
-    found = predict(standing.scans, model, both_sides=both_sides, part=standing.part)
+    found = predict(standing.scans, model, both_sides=both_sides, part=standing.head.part)
     if standing.grid is own:
         return found
     grid = standing.grid.part(found.box)

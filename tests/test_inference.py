@@ -29,7 +29,6 @@ from babyseg_bids.network.grid import (
     reference_box,
     working_grid,
 )
-from babyseg_bids.network.head import find_head
 from babyseg_bids.network.intensity import normalise
 from babyseg_bids.network.masks import islands
 from babyseg_bids.network.prediction import predict
@@ -40,6 +39,12 @@ from babyseg_bids.network.weights import new_model, save_model
 CODES = [
     ''.join(c) for p in itertools.permutations(('LR', 'PA', 'IS')) for c in itertools.product(*p)
 ]
+
+
+@pytest.fixture(autouse=True)
+def stands_upright(monkeypatch):
+    """Stand-ins know too few structures to tell how a head stands (see test_head)."""
+    monkeypatch.setattr(head, '_MISFIT_SURE', 1.1)
 
 
 class Stand(torch.nn.Module):
@@ -382,43 +387,6 @@ def test_a_network_that_prefers_one_side_is_balanced_by_the_mirrored_pass():
     assert not torch.allclose(posteriors(x, model, both_sides=False), p, atol=1e-3)
 
 
-class FrontNetwork(Stand):
-    """Labels a bright head: left and right thalamus in the front quarter, putamen behind it."""
-
-    def forward(self, x):
-        bright = x.mean(1) > 0.3
-        indices = label_table().indices.tolist()
-        head = bright[0].nonzero().float()
-        middle = head[:, 0].mean()
-        quarter = head[:, 1].quantile(0.75)
-        left = (torch.arange(x.shape[2]) < middle).view(1, -1, 1, 1)
-        front = (torch.arange(x.shape[3]) > quarter).view(1, 1, -1, 1)
-        names = torch.where(left, torch.where(front, 10, 12), torch.where(front, 49, 51))
-        names = torch.where(bright, names, 0)
-        channel = torch.zeros(61, dtype=torch.long)
-        channel[indices] = torch.arange(len(indices))
-        one_hot = torch.nn.functional.one_hot(channel[names], len(indices))
-        return 20 * one_hot.movedim(-1, 1).float()
-
-
-@pytest.mark.parametrize('backwards', [False, True])
-def test_a_head_that_faces_backwards_is_noticed_and_keeps_its_own_sides(backwards):
-    model = Model('front', '0', FrontNetwork(), label_table(), 2.0, 16, {})
-    x = np.zeros((40, 40, 40), np.float32)
-    inside = x[4:-4, 4:-4, 4:-4]
-    inside[:] = 0.5
-    inside[:, 24:] = 0.9
-    inside[:16] += 0.05  # The child's left is a little brighter.
-    inside += 0.01 * np.random.default_rng(0).random(inside.shape, np.float32)
-    scan = x[::-1, ::-1] if backwards else x
-    result = segment([(scan, np.diag([2.0, 2, 2, 1]))], model)
-    assert result.turned is backwards
-    assert result.turn_degrees == pytest.approx(180 * backwards)
-    assert scan[np.isin(result.labels, (10, 49))].min() > 0.85
-    left = scan[result.labels == 12].mean()
-    assert left > scan[result.labels == 51].mean() + 0.03
-
-
 @pytest.fixture
 def patches():
     """A small random model that takes in 2 x 2 x 2 voxels together."""
@@ -495,16 +463,15 @@ def test_further_passes_see_the_brain_and_its_surroundings_only():
     assert torch.equal(found, x[0] > 1)
 
 
-def test_one_scan_finds_the_head_and_its_direction_and_all_are_segmented():
+def test_one_scan_finds_the_head_and_all_are_segmented():
     network = Bright()
     model = Model('bright', '0', network, label_table(), 2.0, 2, {})
     x = torch.zeros(3, 40, 40, 40)
     x[:, 10:20, 4:20, 20:24] = torch.tensor([6.0, 9.0, 9.0])[:, None, None, None]
-    part = find_head(x, model, either_way=True).part
-    predict(x, model, part=part)
-    assert network.scans == [1, 1, 3, 3]
-    assert network.sizes[:2] == [(20, 20, 20)] * 2
-    assert len(set(network.sizes[2:])) == 1
+    predict(x, model)
+    assert network.scans == [1, 3, 3]
+    assert network.sizes[0] == (20, 20, 20)
+    assert len(set(network.sizes[1:])) == 1
 
 
 def test_without_a_brain_everything_is_looked_at_and_nothing_labelled():
@@ -557,7 +524,7 @@ def test_too_small_a_gpu_tries_blocks_then_the_cpu_and_says_so(patches, monkeypa
             raise torch.OutOfMemoryError
         return real(scans, part, model, device, room, both_sides)
 
-    monkeypatch.setattr(head, '_find', lambda x, model, _, *how: find(x, model, 'cpu', *how))
+    monkeypatch.setattr(head, '_find', lambda x, model, _, room: find(x, model, 'cpu', room))
     monkeypatch.setattr(prediction, '_predict', small)
     monkeypatch.setattr(looks, 'free_memory', lambda _: 2.0)
     monkeypatch.setattr(inference, 'choose_device', lambda _: 'cuda:0')

@@ -50,10 +50,10 @@ class Segmentation:
     soft_volumes : sum of a label's probabilities by FreeSurfer number, mm3
     confidence : mean probability inside each label; NaN where it is absent
     device, seconds : where the network ran, and the time of the whole call
-    turned : whether the head faces backwards in the world of its header (see
-        `head.find_head`); the sides of the labels are then those of the child
-    turn_degrees : by which the head was put upright, from the scan's own axes; 0 for a head that
-        was left as it stands
+    turned : whether the head stands upright but faces backwards in its scan's axes, as its header
+        gives them; the sides of the labels are those of the child
+    turn_degrees : by which the head was put upright, from those axes; 0 for a head that was left
+        as it stands
     """
 
     labels: np.ndarray
@@ -124,13 +124,14 @@ def _segment(
         else:
             small = [averaged(x, a, model.spacing) for x, a in scans]
             grid = _grid(affine, small[0], model)
-            head = put_upright(lambda g: _on(g, small, device), grid, model, device=device)
+            standing = put_upright(lambda g: _on(g, small, device), grid, model, device=device)
             if len(scans) > 1:
                 give_back_freed_memory()
-            turned = head.backwards
-            degrees = angle_of(np.linalg.inv(grid.affine[:3, :3]) @ head.grid.affine[:3, :3])
-            result = predict(head.scans, model, device=device, part=head.part)
-            posteriors, grid = result.posteriors, head.grid.part(result.box)
+            turn = np.linalg.inv(grid.affine[:3, :3]) @ standing.grid.affine[:3, :3]
+            turned = bool(turn[1, 1] < -0.5 and turn[2, 2] > 0.5)
+            degrees = angle_of(turn)
+            result = predict(standing.scans, model, device=device, part=standing.head.part)
+            posteriors, grid = result.posteriors, standing.grid.part(result.box)
         labels, uncertainty, probabilities, volumes, confidence = _to_reference(
             posteriors, grid, image.shape, affine, model, keep
         )

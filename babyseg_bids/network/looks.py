@@ -1,4 +1,4 @@
-"""What the network makes of scans as they are or flipped, in full or in blocks."""
+"""What the network makes of scans as they are or mirrored, in full or in blocks."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -20,26 +20,6 @@ _T = TypeVar('_T')
 
 # Share of the free memory that the U-Net may plan with; images and libraries have the rest.
 _MEMORY_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class View:
-    """One look at the head: some axes flipped, of which an odd number swaps left and right."""
-
-    flips: tuple[int, ...]
-
-    @property
-    def mirrored(self) -> bool:
-        return len(self.flips) % 2 == 1
-
-    def turn(self, x: Tensor) -> Tensor:
-        """Flip the last three axes of anything, there or back."""
-        return x.flip([a - 3 for a in self.flips]) if self.flips else x
-
-
-AHEAD, MIRRORED = View(()), View((0,))
-# A turn by 180 degrees about the vertical axis.
-BACK = View((0, 1))
 
 
 def free_memory(device: str) -> float:
@@ -98,12 +78,12 @@ def _bytes_a_voxel(model: Model, scans: int) -> int:
     return 4 * width  # type: ignore[no-any-return]
 
 
-def _in_view(scans: Tensor, network: GroupUNet, view: View, limit: int) -> Tensor:
-    """Features (F, *size / patch) in a view's axes; in blocks, if there are more than `limit`."""
+def _features(scans: Tensor, network: GroupUNet, limit: int) -> Tensor:
+    """Features (F, *size / patch); in blocks, if there are more than `limit`."""
     if len(scans) > 1:
         # Passes with several scans need most memory of all, in pieces of other sizes.
         give_back_freed_memory()
-    x = view.turn(scans)[None]
+    x = scans[None]
     patch = network.config.patch
     size = [n // patch for n in x.shape[2:]]
     blocks = list(overlapping(size, limit=limit, multiple=network.config.multiple // patch))
@@ -122,7 +102,7 @@ def _in_view(scans: Tensor, network: GroupUNet, view: View, limit: int) -> Tenso
 
 @dataclass(frozen=True)
 class Look:
-    """What the network saw in one view, in the scans' own axes and sides.
+    """What the network saw, in the scans' own axes and sides.
 
     Parameters
     ----------
@@ -135,19 +115,18 @@ class Look:
     bias: Tensor
 
 
-def look(scans: Tensor, model: Model, view: View, limit: int) -> Look:
-    """Look at scans (G, *size) in a view."""
+def look(scans: Tensor, model: Model, limit: int, /, *, mirrored: bool = False) -> Look:
+    """Look at scans (G, *size), as they are or mirrored."""
     network: GroupUNet = model.network  # type: ignore[assignment]
-    features = view.turn(_in_view(scans, network, view, limit))
     patch = network.config.patch
-    # Places in a patch turn with the view, and in a mirrored one each label has the channel of
-    # its partner.
-    places = torch.arange(patch**3).view(patch, patch, patch).flip(view.flips).flatten()
-    weight, bias = (x.unflatten(0, (patch**3, -1))[places] for x in network.classifier())
-    if view.mirrored:
-        partner = model.labels.mirror_channels
-        weight, bias = weight[:, partner], bias[:, partner]
-    return Look(features, weight, bias)
+    weight, bias = (x.unflatten(0, (patch**3, -1)) for x in network.classifier())
+    if not mirrored:
+        return Look(_features(scans, network, limit), weight, bias)
+    # The places in a patch are mirrored, too, and each label has the channel of its partner.
+    places = torch.arange(patch**3).view(patch, patch, patch).flip(0).flatten()
+    partner = model.labels.mirror_channels
+    features = _features(scans.flip(1), network, limit).flip(1)
+    return Look(features, weight[places][:, partner], bias[places][:, partner])
 
 
 def logits_of(looks: Sequence[Look], block: Box) -> Tensor:

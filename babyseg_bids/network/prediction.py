@@ -11,8 +11,6 @@ from babyseg_bids.network.boxes import Box, box_around, covering, scaled, shifte
 from babyseg_bids.network.head import find_head
 from babyseg_bids.network.layers import from_patches
 from babyseg_bids.network.looks import (
-    AHEAD,
-    MIRRORED,
     Look,
     background_of,
     exact,
@@ -93,7 +91,9 @@ def _predict(
     scans = scans.to(device)[(slice(None), *part)]
     limit = most_voxels(room, model, len(scans))
     with exact():
-        looks = [look(scans, model, v, limit) for v in (AHEAD, MIRRORED)[: 1 + both_sides]]
+        looks = [look(scans, model, limit)]
+        if both_sides:
+            looks.append(look(scans, model, limit, mirrored=True))
         background = background_of(mean_logits(looks), model)
         background[islands(background < 0.5, spacing=patch * model.spacing)] = 1
         near = near_brain(background)

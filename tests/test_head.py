@@ -1,0 +1,287 @@
+"""How a head stands in a volume, and that it is put upright without losing its sides."""
+
+import itertools
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+from babyseg_bids.labels import label_table
+from babyseg_bids.network import Model, head, load_model, segment
+from babyseg_bids.network.grid import from_grid, onto_grid, reference_box, working_grid
+from babyseg_bids.network.head import Head, Turn, angle_of, put_upright, upright
+from babyseg_bids.network.unet import NetworkConfig
+from babyseg_bids.synthesis.atlas import layout, load_atlas
+from babyseg_bids.synthesis.finetune import drawn_brains
+from babyseg_bids.synthesis.generator import draw_sample
+from babyseg_bids.synthesis.losses import hard_dice
+from babyseg_bids.synthesis.settings import load_settings, update
+
+CODES = [
+    ''.join(c) for p in itertools.permutations(('LR', 'PA', 'IS')) for c in itertools.product(*p)
+]
+TABLE = label_table()
+CHANNEL = {n: c for c, n in enumerate(TABLE.indices.tolist())}
+SPACING = 2.0
+
+
+def rotation(*degrees):
+    return Rotation.from_euler('xyz', degrees, degrees=True).as_matrix()
+
+
+def balls(turn, size=96):
+    """Posteriors (C, *size): balls where the structures of a turned average head are."""
+    index = np.indices((size,) * 3, np.float32)
+    channels = np.zeros((size,) * 3, np.int64)
+    for number, row in head._layout().iterrows():
+        # Twice as far apart, so that no ball touches another.
+        centre = turn @ (2 * row[['x', 'y', 'z']].to_numpy(float)) / SPACING + size / 2
+        channels[np.square(index - centre.reshape(3, 1, 1, 1)).sum(0) < 6] = CHANNEL[number]
+    return np.moveaxis(np.eye(len(TABLE), dtype=np.float32)[channels], -1, 0)
+
+
+def test_the_layout_is_that_of_the_shipped_atlas():
+    expected = layout(load_atlas()).set_index('index')
+    np.testing.assert_allclose(head._layout().to_numpy(), expected.to_numpy(), atol=0.051)
+
+
+@pytest.mark.parametrize(
+    'degrees', [(0, 0, 0), (20, 0, 0), (0, -35, 0), (30, 30, -30), (0, 0, 170), (90, 0, 0)]
+)
+def test_the_rotation_is_that_of_the_structures(degrees):
+    turn = rotation(*degrees)
+    found, misfit = upright(balls(turn), TABLE, SPACING)
+    assert angle_of(found @ turn) < 0.5
+    assert np.linalg.det(found) == pytest.approx(1)
+    assert misfit < 0.001
+
+
+def test_a_mirrored_head_is_never_reflected_back():
+    found, misfit = upright(balls(np.eye(3))[:, ::-1], TABLE, SPACING)
+    assert np.linalg.det(found) == pytest.approx(1)
+    assert misfit > 0.3
+
+
+@pytest.mark.parametrize('kept', [1, 7])
+def test_too_few_structures_tell_nothing(kept):
+    posteriors = balls(rotation(40, 0, 0))
+    posteriors[kept:] = 0
+    found, misfit = upright(posteriors, TABLE, SPACING)
+    assert np.array_equal(found, np.eye(3)) and misfit == 1
+
+
+def reorient(image, affine, codes):
+    transform = nib.orientations.ornt_transform(
+        nib.io_orientation(affine), nib.orientations.axcodes2ornt(codes)
+    )
+    picture = nib.Nifti1Image(image, affine).as_reoriented(transform)
+    return np.asarray(picture.dataobj), picture.affine
+
+
+@pytest.mark.parametrize('codes', CODES)
+def test_a_turned_grid_shows_the_world_as_it_is(codes):
+    """Against SciPy in world coordinates, there and back, from every order of axes."""
+    rng = np.random.default_rng(0)
+    image = ndimage.gaussian_filter(rng.random((30, 34, 26)), 2.5).astype(np.float32)
+    header = np.eye(4)
+    header[:3, :3] = rotation(5, -8, 12) @ np.diag([2.0, 1.5, 3.0])
+    scan, affine = reorient(image, header, codes)
+    box = [slice(0, n) for n in scan.shape]
+    straight = working_grid(affine, box, spacing=SPACING, multiple=8)
+    turn = rotation(20, -35, 30)
+    middle = turn @ (np.array(straight.size) - 1) / 2
+    grid = straight.turned(turn, middle - 32, (65, 65, 65))
+    found = onto_grid(torch.from_numpy(scan.copy()), affine, grid, antialias=False).numpy()
+    points = nib.affines.apply_affine(
+        np.linalg.inv(header) @ grid.affine, np.moveaxis(np.indices(grid.size), 0, -1)
+    )
+    expected = ndimage.map_coordinates(
+        np.pad(image, 1), np.moveaxis(points + 1, -1, 0), order=1, mode='constant'
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    # A part of the grid leads back to the same places.
+    part = (slice(8, 60), slice(5, 61), slice(3, 62))
+    inner = grid.part(part)
+    target = reference_box([slice(0, n) for n in inner.size], inner, scan.shape)
+    assert all(t == b for t, b in zip(target, box, strict=True))
+    back = from_grid(torch.from_numpy(found[part]), inner, target).numpy()
+    inside = tuple(slice(4, -4) for _ in range(3))
+    np.testing.assert_allclose(back[inside], scan[inside], atol=0.02)
+
+
+class SideNetwork(torch.nn.Module):
+    """Labels what is bright: left white matter left of its middle, right on the right."""
+
+    config = NetworkConfig(labels=28, encoder=(1,) * 4, decoder=(1,) * 4, head=(28,))
+
+    def features(self, x):
+        x = x.mean(1)
+        bright = 20 * (x - 0.5)
+        across = (x[0] > 0.5).nonzero()[:, 0].float()
+        middle = (across.min() + across.max() + 1) / 2
+        half = (torch.arange(x.shape[1]) < middle).view(1, -1, 1, 1)
+        logits = torch.full((1, len(TABLE), *x.shape[1:]), -30.0)
+        logits[:, 0] = -bright
+        logits[:, CHANNEL[2]] = torch.where(half, bright, -30.0)
+        logits[:, CHANNEL[41]] = torch.where(half, -30.0, bright)
+        return logits
+
+    def classifier(self):
+        return torch.eye(len(TABLE)), torch.zeros(len(TABLE))
+
+
+@pytest.fixture
+def sides():
+    return Model('sides', '0', SideNetwork(), TABLE, SPACING, 16, {})
+
+
+def tilted(turn):
+    """A bright head in RAS, flat towards its left, turned; its left half; the affine."""
+    affine = np.diag([SPACING] * 3 + [1.0])
+    affine[:3, 3] = -SPACING * 23.5
+    points = SPACING * np.moveaxis(np.indices((48, 48, 48)) - 23.5, 0, -1) @ turn
+    x, y, z = np.moveaxis(points, -1, 0)
+    inside = (x / 30) ** 2 + (y / 36) ** 2 + (z / np.where(x < 0, 30, 18)) ** 2 < 1
+    return 100 * inside.astype(np.float32), inside & (x < 0), inside & (x >= 0), affine
+
+
+@pytest.mark.parametrize('codes', CODES)
+def test_left_stays_left_when_a_head_is_put_upright(sides, codes, monkeypatch):
+    turn = rotation(25, 35, -30)
+    image, left, right, header = tilted(turn)
+    image, affine = reorient(image, header, codes)
+    real, seen = head.find_head, []
+
+    def find(scans, model, **options):
+        found = replace(real(scans, model, **options), misfit=0.0)
+        seen.append(len(scans))
+        if len(seen) > 1:
+            return found
+        # Of structures there are only two; this is what more of them would tell.
+        inside = (scans[0] > 0.5).nonzero().double().numpy()
+        return replace(found, turn=head._turn(turn.T, inside, 2, model))
+
+    monkeypatch.setattr(head, 'find_head', find)
+    result = segment([(image, affine)], sides, device='cpu')
+    assert result.turn_degrees == pytest.approx(angle_of(turn), abs=0.01)
+    for number, truth in ((2, left), (41, right)):
+        wanted = reorient(truth.astype(np.uint8), header, codes)[0] > 0
+        found = result.labels == number
+        assert 2 * (wanted & found).sum() / (wanted.sum() + found.sum()) > 0.95
+        volume = wanted.sum() * SPACING**3
+        assert result.soft_volumes[number] == pytest.approx(volume, rel=0.06)
+
+
+@pytest.mark.parametrize('turn', head._other_quarter_turns(), ids=str)
+def test_a_quarter_turn_of_a_grid_shows_the_same_voxels(turn):
+    image, _, _, affine = tilted(rotation(20, 30, 40))
+    grid = working_grid(affine, [slice(0, 44), slice(2, 48), slice(4, 30)], spacing=2, multiple=16)
+    scans = onto_grid(torch.from_numpy(image), affine, grid)[None]
+    again = onto_grid(torch.from_numpy(image), affine, head._same_voxels(grid, turn))[None]
+    torch.testing.assert_close(head._quarter_turned(scans, turn), again, atol=1e-3, rtol=0)
+
+
+def test_there_are_23_other_quarter_turns_and_backwards_is_the_first():
+    turns = head._other_quarter_turns()
+    assert len({t.tobytes() for t in turns}) == 23
+    assert np.array_equal(turns[0], np.diag([-1, -1, 1]))
+    assert all(np.linalg.det(t) == pytest.approx(1) and angle_of(t) > 89 for t in turns)
+
+
+def finder(*found):
+    """Stands for `find_head`: the first looks find these, all later ones the last."""
+    waiting = list(found)
+    return lambda *_, **__: waiting.pop(0) if len(waiting) > 1 else waiting[0]
+
+
+def stand(sides, monkeypatch, *found):
+    """Where `put_upright` ends after such looks, and the grids that it asked for."""
+    grids = []
+
+    def prepare(target):
+        grids.append(target)
+        return torch.zeros(1, *target.size)
+
+    monkeypatch.setattr(head, 'find_head', finder(*found))
+    grid = working_grid(np.eye(4), [slice(0, 40)] * 3, spacing=SPACING, multiple=16)
+    return put_upright(prepare, grid, sides, device='cpu'), grids
+
+
+PART = (slice(0, 32),) * 3
+ASKEW = Turn(rotation(0, 0, 25), np.zeros(3), (32, 32, 32))
+
+
+def test_a_head_that_surely_stands_upright_is_looked_at_once(sides, monkeypatch):
+    standing, grids = stand(sides, monkeypatch, Head(PART, None, 0.01, 0.5))
+    assert grids == [standing.grid]
+
+
+def test_a_turn_after_which_the_head_is_not_upright_is_taken_back(sides, monkeypatch):
+    standing, grids = stand(sides, monkeypatch, Head(PART, ASKEW, 0.2, 0.5))
+    assert standing.grid is grids[0]
+    assert len(grids) > head._TURNS
+
+
+def test_a_turn_after_which_the_head_is_upright_counts(sides, monkeypatch):
+    turned, upright_now = Head(PART, ASKEW, 0.2, 0.5), Head(PART, None, 0.01, 0.5)
+    standing, grids = stand(sides, monkeypatch, turned, upright_now)
+    assert standing.grid is grids[1] and standing.head is upright_now
+
+
+@pytest.mark.parametrize(
+    ('misfit', 'fit', 'overruled'), [(0.01, 0.6, True), (0.03, 0.6, False), (0.01, 0.5, False)]
+)
+def test_the_header_is_overruled_on_both_kinds_of_evidence_only(
+    sides, monkeypatch, misfit, fit, overruled
+):
+    ahead, back = Head(PART, None, 0.05, 0.5), Head(PART, None, misfit, fit)
+    standing, grids = stand(sides, monkeypatch, ahead, back, ahead)
+    assert (standing.head is back) is overruled
+    assert len(grids) == 1
+    assert (standing.grid is grids[0]) is not overruled
+
+
+@pytest.fixture(scope='module')
+def drawn():
+    """A drawn child's head, upright, its labels, and what the shipped model makes of it."""
+    settings = update(
+        load_settings(), {'size': (160, 160, 160), 'spacing': 1.0, 'group_shares': (1.0,)}
+    )
+    settings = replace(
+        settings, anatomy=replace(settings.anatomy, rotation_deg=0.0, mirror_probability=0.0)
+    )
+    sample = draw_sample(drawn_brains([(9, 5)]), seed=5, settings=settings)
+    image, truth = sample.images[0].numpy(), sample.target.numpy()
+    return image, truth, segment([(image, np.eye(4))], load_model())
+
+
+def mean_dice(result, truth):
+    numbers = torch.from_numpy(TABLE.indices.astype(np.int64))
+    channels = (torch.from_numpy(result.labels)[..., None] == numbers).int().argmax(-1)
+    each = hard_dice(channels, torch.from_numpy(truth).long(), classes=len(TABLE))
+    return float(each[1:].nanmean())
+
+
+def test_the_shipped_model_labels_a_head_that_faces_backwards_as_any_other(drawn):
+    image, _, straight = drawn
+    back = segment([(image[::-1, ::-1], np.eye(4))], load_model())
+    assert back.turned and not straight.turned and straight.turn_degrees == 0
+    assert back.turn_degrees == pytest.approx(180)
+    assert (back.labels[::-1, ::-1] == straight.labels).mean() > 0.9999
+
+
+@pytest.mark.parametrize('degrees', [(30, -35, 30), (0, 0, 90)])
+def test_the_shipped_model_labels_a_head_that_lies_far_from_upright(drawn, degrees):
+    image, truth, straight = drawn
+    turn = rotation(*degrees)
+    start = (np.eye(3) - turn) @ np.full(3, 79.5)
+    image = ndimage.affine_transform(image, turn, start, order=1)
+    result = segment([(image, np.eye(4))], load_model())
+    assert result.turn_degrees == pytest.approx(angle_of(turn), abs=12)
+    assert mean_dice(straight, truth) > 0.8
+    turned_truth = ndimage.affine_transform(truth, turn, start, order=0)
+    assert mean_dice(result, turned_truth) > mean_dice(straight, truth) - 0.03

@@ -8,6 +8,7 @@ with motion and the same one enhanced), `ds-bmex` (stripped scans), `adult-heads
 * that of the brain with the non-zero region, volumes, and the largest difference of two sides;
 * the agreement of 5 mm slices with the scan that they were made from;
 * how far volumes depend on the order and direction of the axes and on oblique headers;
+* the agreement of a head that lies turned by up to 180 degrees with the same one upright;
 * what of adult brains lies outside the head;
 * the Dice of tissues in fetal brains, which are far from what the network was trained on.
 """
@@ -42,6 +43,19 @@ FETAL_TISSUES = {
     'brainstem': ((7,), (16,)),
 }
 FLUID_AROUND = 4
+# Turns of a head about the axes x, y and z, one after the other, degrees.
+DIRECTIONS = (
+    (15, 0, 0),
+    (30, -35, 30),
+    (45, 0, 0),
+    (0, 50, 0),
+    (0, 0, 60),
+    (90, 0, 0),
+    (0, 0, 90),
+    (0, 180, 0),
+    (20, 0, 180),
+    (-60, 40, 120),
+)
 
 
 def labels_of(pipeline: BabySegPipeline, *paths: Path) -> np.ndarray:
@@ -165,6 +179,25 @@ def volumes(pipeline: BabySegPipeline, image: nib.Nifti1Image) -> np.ndarray:
     return result.set_index('index')['volume-mm3'].to_numpy(float)
 
 
+def directions(pipeline: BabySegPipeline, path: Path) -> pd.DataFrame:
+    """Dice of a scan resampled as if the head lay turned, with its turned label map."""
+    image = nib.as_closest_canonical(nib.load(path))
+    data = np.asarray(image.dataobj, np.float32)
+    labels = np.asarray(pipeline.predict([image]).segmentation.dataobj)
+    size = round(float(np.linalg.norm(data.shape)))
+    rows = []
+    for degrees in DIRECTIONS:
+        turn = Rotation.from_euler('xyz', degrees, degrees=True).as_matrix()
+        start = (np.array(data.shape) - 1) / 2 - turn @ np.full(3, (size - 1) / 2)
+        shape = (size,) * 3
+        turned = ndimage.affine_transform(data, turn, start, shape, order=1)
+        expected = ndimage.affine_transform(labels, turn, start, shape, order=0)
+        found = pipeline.predict([nib.Nifti1Image(turned, image.affine)]).segmentation
+        angle = float(np.rad2deg(Rotation.from_matrix(turn).magnitude()))
+        rows.append((str(degrees), angle, mean_dice(np.asarray(found.dataobj), expected)))
+    return pd.DataFrame(rows, columns=['turned about x, y, z', 'by', 'dice'])
+
+
 def adult_heads(pipeline: BabySegPipeline, folder: Path) -> pd.DataFrame:
     """Brain volume and what of it lies outside the head, in heads with skull and neck."""
     rows = []
@@ -205,7 +238,7 @@ def main() -> None:
     parser.add_argument(
         '--only',
         nargs='+',
-        choices=('agreements', 'stripped', 'thick', 'turned', 'heads', 'fetal'),
+        choices=('agreements', 'stripped', 'thick', 'turned', 'directions', 'heads', 'fetal'),
     )
     args = parser.parse_args()
     pipeline = BabySegPipeline(model=args.model)
@@ -216,6 +249,7 @@ def main() -> None:
         'stripped': lambda: stripped(pipeline, args.folder),
         'thick': lambda: thick_slices(pipeline, enhanced),
         'turned': lambda: orientations(pipeline, enhanced),
+        'directions': lambda: directions(pipeline, enhanced),
         'heads': lambda: adult_heads(pipeline, args.folder),
         'fetal': lambda: fetal(pipeline, args.folder),
     }

@@ -226,6 +226,26 @@ def test_a_turn_after_which_the_head_is_not_upright_is_taken_back(sides, monkeyp
     assert len(grids) > head._TURNS
 
 
+def test_a_turn_that_explains_the_intensities_worse_is_taken_back(sides, monkeypatch):
+    turned, confused = Head(PART, ASKEW, 0.2, 0.5), Head(PART, None, 0.03, 0.3)
+    standing, grids = stand(sides, monkeypatch, turned, confused, turned)
+    assert standing.grid is grids[0]
+    surely = Head(PART, None, 0.01, 0.3)
+    standing, grids = stand(sides, monkeypatch, turned, surely)
+    assert standing.head is surely
+
+
+@pytest.mark.parametrize(('misfit', 'taken'), [(0.025, True), (0.035, False)])
+def test_in_an_unlikely_direction_a_head_has_to_be_recognised_at_once(
+    sides, monkeypatch, misfit, taken
+):
+    ahead, nothing = Head(PART, None, 0.3, 0.5), Head(PART, None, 1.0, 0.0)
+    other = Head(PART, None, misfit, 0.5)
+    standing, _ = stand(sides, monkeypatch, ahead, nothing, nothing, other, nothing)
+    assert (standing.head is other) is taken
+    assert (standing.head is ahead) is not taken
+
+
 def test_a_turn_after_which_the_head_is_upright_counts(sides, monkeypatch):
     turned, upright_now = Head(PART, ASKEW, 0.2, 0.5), Head(PART, None, 0.01, 0.5)
     standing, grids = stand(sides, monkeypatch, turned, upright_now)
@@ -233,9 +253,9 @@ def test_a_turn_after_which_the_head_is_upright_counts(sides, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('misfit', 'fit', 'overruled'), [(0.01, 0.6, True), (0.03, 0.6, False), (0.01, 0.5, False)]
+    ('misfit', 'fit', 'overruled'), [(0.01, 0.45, True), (0.04, 0.6, False), (0.01, 0.35, False)]
 )
-def test_the_header_is_overruled_on_both_kinds_of_evidence_only(
+def test_the_header_is_overruled_where_places_say_so_and_intensities_do_not_object(
     sides, monkeypatch, misfit, fit, overruled
 ):
     ahead, back = Head(PART, None, 0.05, 0.5), Head(PART, None, misfit, fit)

@@ -41,17 +41,18 @@ LAYOUT = 'data/layout.tsv'
 # Structures smaller than this have no reliable centre, mm3; and fewer of them tell nothing.
 _SMALLEST, _FEWEST = 200.0, 8
 # Share of the structures' scatter about their common centre that the average head may leave
-# unexplained: of a head that can be put upright, of one that is, and of one that surely is. Of 24
-# real scans of all ages 22 had 0.006 to 0.017 in the right direction, and all had 0.043 to 0.158
-# with front and back exchanged.
-_MISFIT, _MISFIT_UPRIGHT, _MISFIT_SURE = 0.3, 0.08, 0.02
-# The header is overruled where that share is smaller by this factor, and the deep structures
-# explain so much more of the intensities. In the right direction that was at least 0.13 more.
-_OVERRULED, _FIT_MARGIN = 0.5, 0.05
-# Of the less likely directions, so many are tried until the head stands upright.
-_TRIED = 3
-# A head that stands upright within so many degrees is left as it stands.
-_UPRIGHT = 10.0
+# unexplained: of a head that can be put upright, of one that is, of one that is in a direction
+# that is unlikely, and of one that surely is. Of 24 real scans of all ages 22 had 0.006 to 0.017
+# in the right direction, and all had 0.043 to 0.158 with front and back exchanged.
+_MISFIT, _MISFIT_UPRIGHT, _MISFIT_UNLIKELY, _MISFIT_SURE = 0.3, 0.05, 0.03, 0.02
+# The header is overruled where that share is smaller by this factor.
+_OVERRULED = 0.6
+# How much less of the intensities the deep structures may explain in a direction that is better by
+# their places; where they are confused they sometimes explain more by chance.
+_FIT_MARGIN = 0.1
+# A head that stands upright within so many degrees is left as it stands. One that seems to be
+# farther from it than so many may not have been recognised.
+_UPRIGHT, _FAR = 10.0, 60.0
 # How often a head is put upright at most: far from it, the first look is less exact.
 _TURNS = 3
 # Border around the brain of the volume in which it stands upright, mm.
@@ -116,8 +117,9 @@ def put_upright(
 
     Headers are mistaken about directions now and then; LPS data stored as RAS, whose head faces
     backwards, is the most common case. Where the structures do not lie as in an upright head, that
-    is tried, then all other quarter turns. Each is a rotation, so that no side is mirrored. The
-    header is overruled only on the evidence of both the structures' places and the intensities.
+    is tried, then all other quarter turns, in which the head has to be recognised at once. Each is
+    a rotation, so that no side is mirrored. The header is overruled only where the structures lie
+    far better in place and the intensities do not speak against it.
 
     Parameters
     ----------
@@ -127,21 +129,20 @@ def put_upright(
     scans = prepare(grid)
     ahead = Standing(scans, grid, find_head(scans, model, device=device))
     ahead = _erected(ahead, prepare, model, device)
-    likely, *others = _other_quarter_turns()
     best = ahead
-    for turns in ([likely], others):
+    backwards, *others = _other_quarter_turns()
+    for turns, most in (([backwards], 1.0), (others, _MISFIT_UNLIKELY)):
         if best.head.misfit < _MISFIT_SURE:
             break
-        seen = [
-            (find_head(_quarter_turned(scans[-1:], t), model, device=device), t) for t in turns
-        ]
-        seen.sort(key=lambda x: x[0].misfit)
-        for head, turn in seen[:_TRIED]:
-            other = Standing(_quarter_turned(scans, turn), _same_voxels(grid, turn), head)
+        for turn in turns:
+            seen = find_head(_quarter_turned(scans[-1:], turn), model, device=device)
+            if seen.misfit > most:
+                continue
+            other = Standing(_quarter_turned(scans, turn), _same_voxels(grid, turn), seen)
             other = _erected(other, prepare, model, device)
             if (
                 other.head.misfit < min(best.head.misfit, _OVERRULED * ahead.head.misfit)
-                and other.head.fit > ahead.head.fit + _FIT_MARGIN
+                and other.head.fit > ahead.head.fit - _FIT_MARGIN
             ):
                 best = other
     return best
@@ -177,8 +178,11 @@ def _erected(
 ) -> Standing:
     """Put a head upright.
 
-    A turn counts only if the structures, looked at again, then lie as in an upright head.
+    A turn counts only if the structures, looked at again, then lie as in an upright head; and
+    surely so if it was a far one, or they explain less of the intensities.
     """
+    if not given.head.turn:
+        return given
     result = latest = given
     for _ in range(_TURNS):
         turn = latest.head.turn
@@ -187,7 +191,9 @@ def _erected(
         grid = latest.grid.turned(turn.rotation, turn.low, turn.size)
         scans = prepare(grid)
         latest = Standing(scans, grid, find_head(scans, model, device=device))
-        if latest.head.misfit < _MISFIT_UPRIGHT:
+        no_worse = latest.head.fit > given.head.fit - _FIT_MARGIN
+        likely = no_worse and angle_of(given.head.turn.rotation) < _FAR
+        if latest.head.misfit < (_MISFIT_UPRIGHT if likely else _MISFIT_SURE):
             result = latest
     return result
 

@@ -329,13 +329,9 @@ def layout(atlas: Atlas, /) -> pd.DataFrame:
     for channel, label in enumerate(label_table().rows):
         if not label.index or label.tissue in ('cerebellum', 'brainstem') or label.index == 15:
             continue
-        shares = [p[channel] / p[channel].sum() for p in whole]
         volume = np.mean([p[channel].sum() for p in whole]) * atlas.spacing**3
-        centre = []
-        for axis, n in enumerate(shares[0].shape):
-            others = tuple(a for a in range(3) if a != axis)
-            index = np.mean([p.sum(others) @ np.arange(n) for p in shares])
-            centre.append(atlas.origin[axis] + atlas.spacing * index)
+        index = np.mean([ndimage.center_of_mass(p[channel]) for p in whole], 0)
+        centre = atlas.origin + atlas.spacing * index
         rows.append((label.index, *np.round(pitch @ centre, 1), round(volume)))
     return pd.DataFrame(rows, columns=['index', 'x', 'y', 'z', 'volume'])
 

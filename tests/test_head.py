@@ -1,12 +1,12 @@
 """How a head stands in a volume, and that it is put upright without losing its sides."""
 
-import itertools
 from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from orientations import CODES, reorient
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
@@ -21,9 +21,6 @@ from babyseg_bids.synthesis.generator import draw_sample
 from babyseg_bids.synthesis.losses import hard_dice
 from babyseg_bids.synthesis.settings import load_settings, update
 
-CODES = [
-    ''.join(c) for p in itertools.permutations(('LR', 'PA', 'IS')) for c in itertools.product(*p)
-]
 TABLE = label_table()
 CHANNEL = {n: c for c, n in enumerate(TABLE.indices.tolist())}
 SPACING = 2.0
@@ -72,14 +69,6 @@ def test_too_few_structures_tell_nothing(kept):
     posteriors[kept:] = 0
     found, misfit = upright(posteriors, TABLE, SPACING)
     assert np.array_equal(found, np.eye(3)) and misfit == 1
-
-
-def reorient(image, affine, codes):
-    transform = nib.orientations.ornt_transform(
-        nib.io_orientation(affine), nib.orientations.axcodes2ornt(codes)
-    )
-    picture = nib.Nifti1Image(image, affine).as_reoriented(transform)
-    return np.asarray(picture.dataobj), picture.affine
 
 
 @pytest.mark.parametrize('codes', CODES)

@@ -1,10 +1,10 @@
-import itertools
 from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from orientations import CODES, reorient
 from scipy import ndimage
 
 from babyseg_bids.errors import InputError, ModelError, UsageError
@@ -35,10 +35,6 @@ from babyseg_bids.network.prediction import predict
 from babyseg_bids.network.tissue import redistribute
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 from babyseg_bids.network.weights import new_model, save_model
-
-CODES = [
-    ''.join(c) for p in itertools.permutations(('LR', 'PA', 'IS')) for c in itertools.product(*p)
-]
 
 
 @pytest.fixture(autouse=True)
@@ -100,15 +96,6 @@ def phantom(spacing=2.0):
     height = np.where(x < 0, 26, 18)
     image = 100.0 * ((x / 24) ** 2 + (y / 28) ** 2 + (z / height) ** 2 < 1)
     return image.astype(np.float32), affine
-
-
-def reorient(image, affine, codes):
-    picture = nib.Nifti1Image(image, affine)
-    transform = nib.orientations.ornt_transform(
-        nib.io_orientation(affine), nib.orientations.axcodes2ornt(codes)
-    )
-    picture = picture.as_reoriented(transform)
-    return np.asarray(picture.dataobj), picture.affine
 
 
 @pytest.mark.parametrize('codes', CODES)

@@ -120,7 +120,9 @@ def main() -> None:
     base = load_settings()
     settings = replace(
         base,
-        anatomy=replace(base.anatomy, morph_probability=0.0, adult_share=0.0),
+        anatomy=replace(
+            base.anatomy, morph_probability=0.0, adult_share=0.0, cortex_probability=0.0
+        ),
         size=JUDGED_SIZE,
         spacing=JUDGED_AT,
         group_shares=(1.0,),

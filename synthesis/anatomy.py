@@ -26,6 +26,7 @@ from babyseg_bids.synthesis.deformation import (
 from babyseg_bids.synthesis.draws import Draws
 from babyseg_bids.synthesis.maps import (
     CSF,
+    DEPTH_STEPS,
     DISTANCE_STEP,
     FLOW_STEPS,
     SULCI_SPACING,
@@ -162,7 +163,12 @@ def draw_anatomy(
         voxels = voxels + amount * sample_field(directions, voxels / SULCI_SPACING)
 
     flat = _addresses(voxels, size, source.classes.shape)
-    classes = _look_up(source.classes, flat).view(size)
+    classes = _look_up(source.classes, flat)
+    inner = draws.scope('cortex')
+    if inner.chance('moved', s.cortex_probability):
+        depth = _look_up(source.depth, flat)
+        classes = thin_cortex(classes, depth, inner.uniform('by, mm', *s.cortex), table)
+    classes = classes.view(size)
     growth = float(linear.det().abs()) * abs(np.linalg.det(shape.matrix[:dim, :dim]))
     growth *= abs(np.linalg.det(np.linalg.inv(stretch)))
     # The map's millimetres in the output's.
@@ -181,6 +187,32 @@ def draw_anatomy(
         classes = swap.index_select(0, classes.view(-1)).view(size)
     shown = settings.size
     return Anatomy(classes.view(shown), distance.view(shown), mixture.age, has_head)
+
+
+def thin_cortex(classes: Tensor, depth: Tensor, amount: float, table: ClassTable, /) -> Tensor:
+    """Let white matter reach further into the cortex, or less far.
+
+    Half of the cortex always stays, since sources call much cortex that is thin in a child.
+
+    Parameters
+    ----------
+    classes, depth : (V,) int32, of a map and its `depth`
+    amount : mm; negative for a thicker cortex
+
+    Returns
+    -------
+    (V,) int32
+    """
+    white, cortex = table.of(2, 41), table.of(3, 42)
+    other = torch.arange(len(table), dtype=torch.int32)
+    if amount > 0:
+        other[cortex] = torch.tensor(white, dtype=torch.int32)
+        moved = depth < DEPTH_STEPS * amount
+    else:
+        other[white] = torch.tensor(cortex, dtype=torch.int32)
+        moved = depth > DEPTH_STEPS * amount
+    swapped = other.to(classes.device).index_select(0, classes)
+    return torch.where(moved, swapped, classes)
 
 
 def _coarse_points(size: Sequence[int], spacing: float) -> Tensor:

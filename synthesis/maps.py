@@ -45,6 +45,10 @@ FISSURE = 12.0
 # Distances are stored in steps of half a millimetre.
 DISTANCE_STEP = 0.5
 SULCI_SPACING = 3
+# Steps of a millimetre in which the depth of the cortex is stored, and the deviation of the
+# Gaussian that smooths it, voxels.
+DEPTH_STEPS = 40
+_DEPTH_BLUR = 0.7
 # Squarings that turn a velocity into its flow; velocities are a few voxels.
 FLOW_STEPS = 4
 # Border and spacing of the grid on which a map without a shape is deformed, mm.
@@ -166,6 +170,11 @@ class TrainingMap:
     shape: Shape | None = None
 
     @cached_property
+    def depth(self) -> np.ndarray:
+        """Where white matter and cortex meet, and where they may (see `cortical_depth`)."""
+        return cortical_depth(self.classes)
+
+    @cached_property
     def placement(self) -> Shape:
         """The shape, or one that says nothing: the map's own space about the brain's middle."""
         if self.shape is not None:
@@ -258,7 +267,9 @@ def prepare_map(path: Path, /) -> TrainingMap:
     labels, _ = read_label_map(path)
     name = path.name.split('.')[0]
     months = re.match(r'(\d+)mo$', name)
-    age = float(months[1]) if months else None
+    # Nobody is younger than a newborn to the physics of the contrasts.
+    unborn = re.match(r'GA\d+', name)
+    age = float(months[1]) if months else 0.0 if unborn else None
     try:
         return prepare_labels(labels, name=name, age=age)
     except InputError as e:
@@ -342,6 +353,41 @@ def sulcal_directions(brain: np.ndarray, hull: np.ndarray, /) -> np.ndarray:
     out = np.stack([g[every] for g in np.gradient(smooth)])
     out /= np.maximum(np.linalg.norm(out, axis=0), 1e-3)
     return (out * sulci[every]).astype(np.float32)
+
+
+def cortical_depth(classes: np.ndarray, /) -> np.ndarray:
+    """How far each voxel of cortex is from white matter, and the other way round.
+
+    Parameters
+    ----------
+    classes : (X, Y, Z) uint8, classes of `class_table`
+
+    Returns
+    -------
+    (X, Y, Z) int8, distance to the border in `DEPTH_STEPS` of a millimetre, positive in cortex and
+    negative in white matter; 127 in the outer half of the cortex, -128 in all else
+    """
+    table = class_table()
+    white, cortex = (np.isin(classes, table.tissue(t)) for t in ('white-matter', 'cortex'))
+    out = np.full(classes.shape, -128, np.int8)
+    found = ndimage.find_objects((white | cortex).astype(np.uint8))
+    if not white.any() or not cortex.any():
+        return out
+    box = tuple(slice(max(0, s.start - 2), s.stop + 2) for s in found[0])
+    white, cortex = white[box], cortex[box]
+    to_white = ndimage.distance_transform_edt(~white)
+    to_cortex = ndimage.distance_transform_edt(~cortex)
+    to_others = ndimage.distance_transform_edt(white | cortex)
+    # Smoothed where it is defined, or the border would move in whole voxels.
+    signed = np.where(cortex, to_white - 0.5, 0.5 - to_cortex)
+    known = (white | cortex).astype(np.float64)
+    weight = ndimage.gaussian_filter(known, _DEPTH_BLUR)
+    smooth = ndimage.gaussian_filter(signed * known, _DEPTH_BLUR) / np.maximum(weight, 1e-6)
+    steps = np.clip(np.rint(DEPTH_STEPS * smooth), -127, 126)
+    steps[cortex & (to_others <= to_white)] = 127
+    steps[~(white | cortex)] = -128
+    out[box] = steps
+    return out
 
 
 def _crop(classes: np.ndarray, margin: int) -> np.ndarray:

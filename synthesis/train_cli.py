@@ -43,6 +43,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument('--threads', type=int, default=2, help='default: 2')
 
+    complete = commands.add_parser(
+        'complete',
+        help='make whole label maps of maps that only know tissues, such as fetal atlases',
+    )
+    complete.add_argument(
+        'tissue_maps',
+        nargs='+',
+        type=Path,
+        help='NIfTI, numbered 1 white matter, 2 ventricles, 3 cerebellum, 4 fluid around the '
+        'brain, 5 cortex, 6 deep grey matter, 7 brainstem, 8 corpus callosum',
+    )
+    complete.add_argument('--out', type=Path, required=True, help='folder to write into')
+    complete.add_argument('--model', default='default', help='name or file (default: default)')
+
     fit = commands.add_parser('fit', help='train; continues where an earlier call stopped')
     fit.add_argument('maps', type=Path, help='file that `prepare` wrote')
     fit.add_argument('--out', type=Path, required=True, help='folder for checkpoint and log')
@@ -151,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     commands = {
         'prepare': _prepare,
+        'complete': _complete,
         'fit': _fit,
         'evaluate': _evaluate,
         'calibrate': _calibrate,
@@ -183,6 +198,30 @@ def _prepare(args: argparse.Namespace) -> None:
         logging.basicConfig(level=logging.INFO, format='%(message)s')
         prepared = estimate_shapes(prepared, held_out=HELD_OUT)
     save_maps(args.out, prepared)
+
+
+def _complete(args: argparse.Namespace) -> None:
+    import nibabel as nib
+
+    from babyseg_bids.network.weights import load_model
+    from babyseg_bids.synthesis.completion import complete
+
+    stems = [path.name.split('.')[0] for path in args.tissue_maps]
+    # The maps of an atlas often have one name, in a folder each.
+    names = [
+        path.resolve().parent.name if stems.count(stem) > 1 else stem
+        for path, stem in zip(args.tissue_maps, stems, strict=True)
+    ]
+    if len(set(names)) < len(names):
+        raise UsageError('Two of the tissue maps would get one name; give them other names.')
+    model = load_model(args.model)
+    if model.official:
+        raise UsageError('The official checkpoint has other labels; complete with our models.')
+    args.out.mkdir(parents=True, exist_ok=True)
+    for path, name in zip(args.tissue_maps, names, strict=True):
+        out = args.out / f'{name}.nii.gz'
+        nib.save(complete(path, model), out)
+        print(out, flush=True)
 
 
 def _fit(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from network_phantoms import CHANNEL, SideNetwork
 from orientations import CODES, reorient
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
@@ -14,7 +15,6 @@ from babyseg_bids.labels import label_table
 from babyseg_bids.network import Model, head, load_model, segment
 from babyseg_bids.network.grid import from_grid, onto_grid, reference_box, working_grid
 from babyseg_bids.network.head import Head, Turn, angle_of, put_upright, upright
-from babyseg_bids.network.unet import NetworkConfig
 from babyseg_bids.synthesis.atlas import layout, load_atlas
 from babyseg_bids.synthesis.finetune import drawn_brains
 from babyseg_bids.synthesis.generator import draw_sample
@@ -22,7 +22,6 @@ from babyseg_bids.synthesis.losses import hard_dice
 from babyseg_bids.synthesis.settings import load_settings, update
 
 TABLE = label_table()
-CHANNEL = {n: c for c, n in enumerate(TABLE.indices.tolist())}
 SPACING = 2.0
 
 
@@ -102,30 +101,17 @@ def test_a_turned_grid_shows_the_world_as_it_is(codes):
     np.testing.assert_allclose(back[inside], scan[inside], atol=0.02)
 
 
-class SideNetwork(torch.nn.Module):
-    """Labels what is bright: left white matter left of its middle, right on the right."""
+class BrightSides(SideNetwork):
+    """Takes the middle of what is bright for that of the head."""
 
-    config = NetworkConfig(labels=28, encoder=(1,) * 4, decoder=(1,) * 4, head=(28,))
-
-    def features(self, x):
-        x = x.mean(1)
-        bright = 20 * (x - 0.5)
+    def middle(self, x):
         across = (x[0] > 0.5).nonzero()[:, 0].float()
-        middle = (across.min() + across.max() + 1) / 2
-        half = (torch.arange(x.shape[1]) < middle).view(1, -1, 1, 1)
-        logits = torch.full((1, len(TABLE), *x.shape[1:]), -30.0)
-        logits[:, 0] = -bright
-        logits[:, CHANNEL[2]] = torch.where(half, bright, -30.0)
-        logits[:, CHANNEL[41]] = torch.where(half, -30.0, bright)
-        return logits
-
-    def classifier(self):
-        return torch.eye(len(TABLE)), torch.zeros(len(TABLE))
+        return (across.min() + across.max() + 1) / 2
 
 
 @pytest.fixture
 def sides():
-    return Model('sides', '0', SideNetwork(), TABLE, SPACING, 16, {})
+    return Model('sides', '0', BrightSides(), TABLE, SPACING, 16, {})
 
 
 def tilted(turn):

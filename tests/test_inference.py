@@ -4,6 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from network_phantoms import CHANNEL, SideNetwork, Stand
 from orientations import CODES, reorient
 from scipy import ndimage
 
@@ -41,34 +42,6 @@ from babyseg_bids.network.weights import new_model, save_model
 def stands_upright(monkeypatch):
     """Stand-ins know too few structures to tell how a head stands (see test_head)."""
     monkeypatch.setattr(head, '_MISFIT_SURE', 1.1)
-
-
-class Stand(torch.nn.Module):
-    """A network whose `forward` gives the logits."""
-
-    config = NetworkConfig(labels=28, encoder=(1,) * 4, decoder=(1,) * 4, head=(28,))
-
-    def features(self, x):
-        return self(x)
-
-    def classifier(self):
-        return torch.eye(28), torch.zeros(28)
-
-
-class SideNetwork(Stand):
-    """Labels what is bright: left white matter left of the grid's middle, right on the right."""
-
-    def forward(self, x):
-        x = x.mean(1)
-        bright = 20 * (x - 0.5)
-        half = torch.arange(x.shape[1]) < x.shape[1] / 2
-        half = half.view(1, -1, 1, 1).expand_as(x)
-        logits = torch.full((len(x), len(label_table()), *x.shape[1:]), -30.0)
-        table = label_table().indices.tolist()
-        logits[:, 0] = -bright
-        logits[:, table.index(2)] = torch.where(half, bright, -30.0)
-        logits[:, table.index(41)] = torch.where(half, -30.0, bright)
-        return logits
 
 
 def posteriors(x, model, **options):
@@ -362,7 +335,7 @@ def test_a_network_that_prefers_one_side_is_balanced_by_the_mirrored_pass():
     class Lopsided(SideNetwork):
         def forward(self, x):
             logits = super().forward(x)
-            logits[:, label_table().indices.tolist().index(2)] += 3
+            logits[:, CHANNEL[2]] += 3
             return logits
 
     model = Model('lopsided', '0', Lopsided(), label_table(), 2.0, 16, {})

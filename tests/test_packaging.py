@@ -226,7 +226,7 @@ def test_python_versions_agree(root: Path) -> None:
 def all_help() -> str:
     """What all programs say about themselves."""
     commands = [['babyseg'], ['babyseg-segment'], ['babyseg-synth'], ['babyseg-example']]
-    commands += [['babyseg-train', sub] for sub in ('prepare', 'fit', 'export')]
+    commands += [['babyseg-train', sub] for sub in ('prepare', 'complete', 'fit', 'export')]
     shown = ''
     for program, *sub in commands:
         run = [Path(sys.executable).with_name(program), *sub, '--help']

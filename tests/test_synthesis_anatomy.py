@@ -213,6 +213,30 @@ def test_ventricles_widen_and_sulci_move_by_what_is_asked(family):
     assert np.linalg.norm(directions, axis=0).max() <= 1.001
 
 
+def test_the_border_of_white_matter_and_cortex_moves_by_what_is_asked():
+    """A ball of white matter of 12 mm in a shell of 6 mm, the left half and the right half."""
+    axes = np.meshgrid(*[np.arange(48) - 23.5] * 3, indexing='ij')
+    radius = np.sqrt(sum(a**2 for a in axes))
+    numbers = np.where(radius < 12, 2, np.where(radius < 18, 3, 0))
+    numbers[24:] = np.where(numbers, numbers + 39, 0)[24:]
+    classes = as_classes(numbers)
+    depth = maps.cortical_depth(classes)
+    flat, around = (torch.from_numpy(x.astype(np.int32)).view(-1) for x in (classes, depth))
+    for amount in (-1.5, -0.5, 0.5, 1.0, 1.5, 3.0):
+        moved = anatomy.thin_cortex(flat, around, amount, TABLE).view(classes.shape).numpy()
+        shown = TABLE.numbers[moved]
+        white = np.isin(shown, (2, 41))
+        # Half of the cortex stays.
+        expected = min(12 + amount, 15)
+        assert (white.sum() * 3 / (4 * np.pi)) ** (1 / 3) == pytest.approx(expected, abs=0.25)
+        assert ((shown > 0) == (numbers > 0)).all() and ((shown > 40) == (numbers > 40)).all()
+
+
+def test_without_cortex_no_border_moves():
+    depth = maps.cortical_depth(as_classes(np.full((6, 6, 6), 2)))
+    assert (depth == -128).all()
+
+
 def test_sulci_point_outwards_where_the_surface_is_folded():
     """A ball with one deep groove: vectors are long in the groove and point out of it."""
     axes = np.meshgrid(*[np.arange(60) - 29.5] * 3, indexing='ij')

@@ -157,6 +157,12 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument('folder', type=Path, help='folder of `fit`')
     export.add_argument('--out', type=Path, required=True, help='file to write (.safetensors)')
     export.add_argument('--name', default='default')
+    export.add_argument(
+        '--mix',
+        metavar='NAME|FILE',
+        help='average with the weights of another model, such as the one that training started '
+        'from: often better than either',
+    )
     return parser
 
 
@@ -395,7 +401,7 @@ def _export(args: argparse.Namespace) -> None:
     import torch
 
     from babyseg_bids.network.unet import GroupUNet, NetworkConfig
-    from babyseg_bids.network.weights import new_model, save_model
+    from babyseg_bids.network.weights import load_model, new_model, save_model
 
     checkpoint = args.folder / 'checkpoint.pt'
     if not checkpoint.exists():
@@ -408,13 +414,20 @@ def _export(args: argparse.Namespace) -> None:
             f'{checkpoint} was written by another version of babyseg ({e}); export it with that '
             'version, or train again.'
         ) from e
-    network.load_state_dict(state['averaged'])
+    weights = state['averaged']
+    if args.mix:
+        other = load_model(args.mix).network.state_dict()
+        if {k: x.shape for k, x in weights.items()} != {k: x.shape for k, x in other.items()}:
+            raise UsageError(f'{args.mix} is another network than that of {args.folder}.')
+        weights = {k: (x + other[k]) / 2 for k, x in weights.items()}
+    network.load_state_dict(weights)
     model = new_model(
         network,
         name=args.name,
         version=__version__,
         spacing=state['stages'][-1]['spacing'],
-        training={'steps': state['step'], 'stages': state['stages']},
+        training={'steps': state['step'], 'stages': state['stages']}
+        | ({'mixed_with': str(args.mix)} if args.mix else {}),
     )
     save_model(args.out, model)
     print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB')

@@ -274,6 +274,27 @@ def test_a_detached_piece_stays_when_it_is_near_or_large(gap, width, kept):
     assert not gone[..., :11].any()
 
 
+def test_a_structure_of_next_to_no_volume_becomes_what_surrounds_it():
+    likely = torch.full((4, 6, 6, 6), 0.01)
+    likely[1], likely[1, :, :, 4:] = 0.97, 0.01
+    likely[0, :, :, 4:] = 0.97
+    likely[:, 2, 2, 2] = torch.tensor([0.1, 0.2, 0.6, 0.1])
+    likely[:, 3, 3, 5] = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    likely[:, 4:, 4:, :3] = torch.tensor([0.1, 0.2, 0.6, 0.1]).view(4, 1, 1, 1)
+    before = likely.clone()
+    masks.without_specks(likely, spacing=1.0)
+    # Thirteen voxels of 1 mm3 are a speck, and so is the one that is sure of itself.
+    assert likely.argmax(0).unique().tolist() == [0, 1]
+    assert likely[0, 3, 3, 5] == 1 and not likely[2, 4:, 4:, :3].any()
+    torch.testing.assert_close(likely.sum(0), before.sum(0))
+    torch.testing.assert_close(likely[:, 2, 2, 2], torch.tensor([0.1, 0.2, 0.0, 0.1]) / 0.4)
+    kept = before.clone()
+    masks.without_specks(kept, spacing=2.0)
+    # At 2 mm the thirteen are a structure, and what was not a speck's is left alone.
+    assert (kept.argmax(0) == 2).sum() == 13
+    torch.testing.assert_close(kept[:, 2, 2, 2], before[:, 2, 2, 2])
+
+
 def test_no_island_comes_back_in_the_result():
     class Bright(Stand):
         """Everything bright is white matter, of either side."""

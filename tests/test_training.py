@@ -265,3 +265,24 @@ def test_the_command_trains_and_exports_a_model_that_loads(tmp_path):
     assert load_model(out).training['steps'] == 2
     assert load_model(out).spacing == 6
     assert main(['export', str(tmp_path), '--out', str(out)]) == 1
+
+
+def test_exported_weights_are_mixed_half_and_half_with_those_of_another_model(tmp_path, capsys):
+    networks = []
+    for seed, folder in enumerate(('a', 'b')):
+        trainer = Trainer(replace(PLAN, seed=seed), tmp_path / folder)
+        trainer.save()
+        networks.append(trainer.averaged.state_dict())
+        out = str(tmp_path / f'{folder}.safetensors')
+        assert main(['export', str(tmp_path / folder), '--out', out]) == 0
+    mixed = tmp_path / 'mixed.safetensors'
+    export = ['export', str(tmp_path / 'b'), '--out', str(mixed), '--mix']
+    assert main([*export, str(tmp_path / 'a.safetensors')]) == 0
+    for name, x in load_model(mixed).network.state_dict().items():
+        expected = (networks[0][name] + networks[1][name]) / 2
+        # Weights are stored in half precision.
+        torch.testing.assert_close(x, expected, atol=1e-3, rtol=2e-3)
+    assert load_model(mixed).training['mixed_with'].endswith('a.safetensors')
+    mixed.unlink()
+    assert main([*export, 'default']) != 0 and not mixed.exists()
+    assert 'another network' in capsys.readouterr().err

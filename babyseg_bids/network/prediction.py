@@ -21,7 +21,7 @@ from babyseg_bids.network.looks import (
     most_voxels,
     softmax,
 )
-from babyseg_bids.network.masks import islands, near_brain
+from babyseg_bids.network.masks import islands, near_brain, without_specks
 from babyseg_bids.network.tissue import redistribute
 from babyseg_bids.network.weights import Model
 
@@ -103,6 +103,7 @@ def _predict(
         gone = islands(labelled, spacing=model.spacing)
         posteriors[:, gone] = 0
         posteriors[0, gone] = 1
+        without_specks(posteriors, spacing=model.spacing)
         box = scaled(box, patch)
     # In full precision, since variances are small differences.
     redistribute(posteriors, scans[(slice(None), *box)], model.labels, spacing=model.spacing)

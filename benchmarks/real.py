@@ -10,7 +10,7 @@ with motion and the same one enhanced), `ds-bmex` (stripped scans), `adult-heads
 * how far volumes depend on the order and direction of the axes and on oblique headers;
 * the agreement of a head that lies turned by up to 180 degrees with the same one upright;
 * what of adult brains lies outside the head;
-* the Dice of tissues in fetal brains; label maps of 28, 30, 32 and 34 weeks were trained on.
+* the Dice of tissues in fetal brains, which are far from what the network was trained on.
 """
 
 import argparse

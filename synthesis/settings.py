@@ -77,7 +77,7 @@ class AnatomySettings(_Section):
     ventricles: tuple[float, float] = _setting((-1.5, 4.0), -4, 10, 'by how much, mm a side')
     sulci_probability: float = _chance(0.3, 'that sulci are deepened or flattened')
     sulci: tuple[float, float] = _setting((-2.0, 2.0), -4, 4, 'by how much, mm')
-    cortex_probability: float = _chance(0.5, 'that white matter reaches further into the cortex')
+    cortex_probability: float = _chance(0.0, 'that white matter reaches further into the cortex')
     cortex: tuple[float, float] = _setting((-0.5, 1.2), -3, 3, 'by how much, mm')
 
 

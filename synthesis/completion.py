@@ -50,7 +50,8 @@ def complete(path: Path, /, model: Model) -> nib.Nifti1Image:
     Raises
     ------
     InputError
-        If the file cannot be read, is not 3-D, or holds other numbers.
+        If the file cannot be read, is not 3-D, or holds other numbers, or the model sees nothing of a
+        tissue.
     """
     try:
         image = nib.squeeze_image(nib.load(path))
@@ -69,7 +70,10 @@ def complete(path: Path, /, model: Model) -> nib.Nifti1Image:
         drawn = np.array([0, *levels], np.float32)[tissues]
         scans.append((ndimage.gaussian_filter(drawn, sigma), image.affine))
     found = segment(scans, model, keep_probabilities=True)
-    labels = restrict(tissues, found.probabilities, model.labels.indices)
+    try:
+        labels = restrict(tissues, found.probabilities, model.labels.indices)
+    except InputError as e:
+        raise InputError(f'{path}: {e}') from e
     return nib.Nifti1Image(labels, image.affine)
 
 
@@ -81,6 +85,11 @@ def restrict(tissues: np.ndarray, probabilities: np.ndarray, numbers: np.ndarray
     tissues : (X, Y, Z), keys of `PERMITTED`, 0 for none
     probabilities : (X, Y, Z, C)
     numbers : (C,), FreeSurfer number of each channel
+
+    Raises
+    ------
+    InputError
+        If no voxel of a tissue has a permitted label of any probability.
     """
     out = np.zeros(tissues.shape, np.int16)
     for tissue, permitted in PERMITTED.items():
@@ -94,7 +103,9 @@ def restrict(tissues: np.ndarray, probabilities: np.ndarray, numbers: np.ndarray
         sure[where] = theirs.max(1) >= _NONE
         out[where] = numbers[channels][theirs.argmax(1)]
         if not sure.any():
-            raise InputError(f'the model finds nothing where the tissue {tissue} is.')
+            raise InputError(
+                f'the model finds nothing where tissue {tissue} is; check the numbers.'
+            )
         nearest = ndimage.distance_transform_edt(
             ~sure, return_distances=False, return_indices=True
         )

@@ -50,8 +50,8 @@ def complete(path: Path, /, model: Model) -> nib.Nifti1Image:
     Raises
     ------
     InputError
-        If the file cannot be read, is not 3-D, or holds other numbers, or the model sees nothing of a
-        tissue.
+        If the file cannot be read, is not 3-D or holds other numbers, or the model sees nothing of
+        a tissue.
     """
     try:
         image = nib.squeeze_image(nib.load(path))

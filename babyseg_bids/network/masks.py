@@ -14,8 +14,8 @@ _FAR = 4
 # those smaller than the second share that lie farther from the largest than this many mm: a neck
 # or a shoulder. A cerebellum or a hemisphere is nearer, even where what joins it was not found.
 _ISLAND_SHARE, _FAR_ISLAND_SHARE, _ISLAND_MM = 0.05, 0.5, 8.0
-# Structures smaller than this in all are false detections, mm3. The smallest in the children's maps,
-# an accumbens at 2 months, has 60; that of a fetus of 28 weeks is smaller.
+# Structures smaller than this in all are false detections, mm3. The smallest in the children's
+# maps, an accumbens at 2 months, has 60; that of a fetus of 28 weeks is smaller.
 _SPECK = 20.0
 
 

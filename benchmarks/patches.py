@@ -120,9 +120,7 @@ def main() -> None:
     base = load_settings()
     settings = replace(
         base,
-        anatomy=replace(
-            base.anatomy, morph_probability=0.0, adult_share=0.0, cortex_probability=0.0
-        ),
+        anatomy=base.anatomy.of_one_child(),
         size=JUDGED_SIZE,
         spacing=JUDGED_AT,
         group_shares=(1.0,),

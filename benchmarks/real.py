@@ -25,6 +25,7 @@ from scipy.spatial.transform import Rotation
 
 from babyseg_bids import BabySegPipeline
 from babyseg_bids.labels import label_table
+from babyseg_bids.synthesis.completion import AROUND
 
 ORIENTATIONS = [
     ''.join(c)
@@ -42,7 +43,6 @@ FETAL_TISSUES = {
     'deep grey': ((6,), (10, 11, 12, 13, 26, 28, 49, 50, 51, 52, 58, 60)),
     'brainstem': ((7,), (16,)),
 }
-FLUID_AROUND = 4
 # Turns of a head about the axes x, y and z, one after the other, degrees.
 DIRECTIONS = (
     (15, 0, 0),
@@ -219,7 +219,7 @@ def fetal(pipeline: BabySegPipeline, folder: Path) -> pd.DataFrame:
     for case in sorted(folder.glob('label-maps/fetal/GA*')):
         image = nib.load(case / 'srr.nii.gz')
         truth = np.asarray(nib.load(case / 'parcellation.nii.gz').dataobj)
-        brain = (truth > 0) & (truth != FLUID_AROUND)
+        brain = (truth > 0) & (truth != AROUND)
         stripped = nib.Nifti1Image(image.get_fdata(dtype=np.float32) * brain, image.affine)
         labels = np.asarray(pipeline.predict([stripped]).segmentation.dataobj)
         dice = {}

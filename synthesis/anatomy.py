@@ -192,7 +192,7 @@ def draw_anatomy(
 def thin_cortex(classes: Tensor, depth: Tensor, amount: float, table: ClassTable, /) -> Tensor:
     """Let white matter reach further into the cortex, or less far.
 
-    Half of the cortex always stays, since sources call much cortex that is thin in a child.
+    Half of the cortex always stays.
 
     Parameters
     ----------

@@ -11,12 +11,15 @@ import numpy as np
 from scipy import ndimage
 
 from babyseg_bids.errors import InputError
+from babyseg_bids.labels import label_table
 from babyseg_bids.network.inference import segment
 from babyseg_bids.network.weights import Model
 from babyseg_bids.synthesis.maps import CSF
 
 _MEDIAL = (17, 18, 53, 54)
-_DEEP = (10, 11, 12, 13, 26, 28, 49, 50, 51, 52, 58, 60)
+_DEEP = tuple(
+    r.index for r in label_table().structures if r.tissue == 'deep-grey' and r.index not in _MEDIAL
+)
 # Labels that a voxel of each tissue may get (FreeSurfer numbers). Atlases draw hippocampus and
 # amygdala half as white matter, half as cortex, the internal capsule as deep grey matter, and
 # much of the ventral diencephalon as brainstem. Tissues are numbered as in the fetal atlas of
@@ -31,7 +34,7 @@ PERMITTED = {
     7: (16, 28, 60),
     8: (2, 41),
 }
-_AROUND = 4
+AROUND = 4
 # What the tissues 1 to 8 look like in T2w and T1w of newborns and in T1w of older children.
 _CONTRASTS = (
     (0.70, 1.00, 0.45, 0, 0.45, 0.50, 0.50, 0.70),
@@ -94,8 +97,9 @@ def restrict(tissues: np.ndarray, probabilities: np.ndarray, numbers: np.ndarray
     out = np.zeros(tissues.shape, np.int16)
     for tissue, permitted in PERMITTED.items():
         where = tissues == tissue
-        if tissue == _AROUND or not where.any():
+        if tissue == AROUND:
             out[where] = CSF
+        if tissue == AROUND or not where.any():
             continue
         channels = np.flatnonzero(np.isin(numbers, permitted))
         theirs = probabilities[where][:, channels]

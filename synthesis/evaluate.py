@@ -65,12 +65,10 @@ def held_out_cases(
     """
     shares = tuple(float(i == scans - 1) for i in range(4))
     base = settings or load_settings()
-    # A map is measured as it is, not mixed with the others.
-    anatomy = replace(base.anatomy, morph_probability=0.0, adult_share=0.0, cortex_probability=0.0)
     size = tuple(int(n / model.spacing) // model.multiple * model.multiple for n in extent)
     settings = replace(
         base,
-        anatomy=anatomy,
+        anatomy=base.anatomy.of_one_child(),
         size=size,  # type: ignore[arg-type]
         spacing=model.spacing,
         group_shares=shares,

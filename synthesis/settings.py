@@ -80,6 +80,10 @@ class AnatomySettings(_Section):
     cortex_probability: float = _chance(0.0, 'that white matter reaches further into the cortex')
     cortex: tuple[float, float] = _setting((-0.5, 1.2), -3, 3, 'by how much, mm')
 
+    def of_one_child(self) -> 'AnatomySettings':
+        """The same for measuring on a map as it is: of no adult, not mixed, its cortex its own."""
+        return replace(self, adult_share=0.0, morph_probability=0.0, cortex_probability=0.0)
+
 
 @dataclass(frozen=True)
 class SurroundingsSettings(_Section):

@@ -362,12 +362,9 @@ def validate(trainer: Trainer, maps: Sequence[TrainingMap], /) -> float:
     """
     plan = trainer.plan
     stage = plan.stages[plan.stage_at(max(0, trainer.step - 1))]
-    anatomy = replace(
-        plan.synthesis.anatomy, morph_probability=0.0, adult_share=0.0, cortex_probability=0.0
-    )
     settings = replace(
         plan.synthesis,
-        anatomy=anatomy,
+        anatomy=plan.synthesis.anatomy.of_one_child(),
         size=stage.size,
         spacing=stage.spacing,
         group_shares=(1.0,),

@@ -161,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
         '--mix',
         metavar='NAME|FILE',
         help='average with the weights of another model, such as the one that training started '
-        'from: often better than either',
+        'from',
     )
     return parser
 

@@ -71,7 +71,7 @@ def without_specks(posteriors: Tensor, /, *, spacing: float) -> None:
     posteriors : (C, *size), background first
     spacing : of the voxels, mm
     """
-    # Counting one channel after the other is several times as fast as `argmax` over them.
+    # Counting one channel after the other takes about a third of the time of `argmax` over them.
     most = posteriors.amax(0)
     for channel in range(1, len(posteriors)):
         where = posteriors[channel] == most

@@ -138,7 +138,8 @@ def test_left_stays_left_when_a_head_is_put_upright(sides, codes, monkeypatch):
             return found
         # Of structures there are only two; this is what more of them would tell.
         inside = (scans[0] > 0.5).nonzero().double().numpy()
-        return replace(found, turn=head._turn(turn.T, inside, 2, model))
+        askew = head._turn(turn.T, inside, 2, model)
+        return replace(found, turn=askew, misfit=0.2, certainty=0.8)
 
     monkeypatch.setattr(head, 'find_head', find)
     result = segment([(image, affine)], sides, device='cpu')
@@ -190,52 +191,64 @@ PART = (slice(0, 32),) * 3
 ASKEW = Turn(rotation(0, 0, 25), np.zeros(3), (32, 32, 32))
 
 
+def seen(misfit, certainty, *, turn=None, brain=8e5):
+    return Head(PART, turn, misfit, brain, certainty)
+
+
+NOTHING = seen(1.0, 0.0, brain=0.0)
+
+
 def test_a_head_that_surely_stands_upright_is_looked_at_once(sides, monkeypatch):
-    standing, grids = stand(sides, monkeypatch, Head(PART, None, 0.01, 0.5))
-    assert grids == [standing.grid]
+    standing, grids = stand(sides, monkeypatch, seen(0.01, 0.8), NOTHING)
+    assert grids == [standing.grid] and standing.head.brain
+
+
+def test_other_directions_are_tried_only_where_there_is_a_brain(sides, monkeypatch):
+    better = seen(0.01, 0.9)
+    standing, _ = stand(sides, monkeypatch, seen(0.2, 0.5, brain=1e4), better)
+    assert standing.head is not better
+    standing, _ = stand(sides, monkeypatch, seen(0.2, 0.5), better)
+    assert standing.head is better
 
 
 def test_a_turn_after_which_the_head_is_not_upright_is_taken_back(sides, monkeypatch):
-    standing, grids = stand(sides, monkeypatch, Head(PART, ASKEW, 0.2, 0.5))
+    standing, grids = stand(sides, monkeypatch, seen(0.2, 0.8, turn=ASKEW))
     assert standing.grid is grids[0]
     assert len(grids) > head._TURNS
 
 
-def test_a_turn_that_explains_the_intensities_worse_is_taken_back(sides, monkeypatch):
-    turned, confused = Head(PART, ASKEW, 0.2, 0.5), Head(PART, None, 0.03, 0.3)
-    standing, grids = stand(sides, monkeypatch, turned, confused, turned)
-    assert standing.grid is grids[0]
-    surely = Head(PART, None, 0.01, 0.3)
-    standing, grids = stand(sides, monkeypatch, turned, surely)
-    assert standing.head is surely
-
-
-@pytest.mark.parametrize(('misfit', 'taken'), [(0.025, True), (0.035, False)])
-def test_in_an_unlikely_direction_a_head_has_to_be_recognised_at_once(
-    sides, monkeypatch, misfit, taken
+@pytest.mark.parametrize(
+    ('misfit', 'certainty', 'counts'),
+    [(0.2, 0.8, True), (0.2, 0.9, False), (0.04, 0.8, False), (0.04, 0.75, True)],
+)
+def test_a_turn_after_which_the_head_is_upright_counts_if_as_much_is_recognised(
+    sides, monkeypatch, misfit, certainty, counts
 ):
-    ahead, nothing = Head(PART, None, 0.3, 0.5), Head(PART, None, 1.0, 0.0)
-    other = Head(PART, None, misfit, 0.5)
-    standing, _ = stand(sides, monkeypatch, ahead, nothing, nothing, other, nothing)
-    assert (standing.head is other) is taken
-    assert (standing.head is ahead) is not taken
+    given, then = seen(misfit, certainty, turn=ASKEW), seen(0.01, 0.78)
+    standing, grids = stand(sides, monkeypatch, given, then, given)
+    assert (standing.head is then) is counts
+    assert standing.grid is grids[counts]
 
 
-def test_a_turn_after_which_the_head_is_upright_counts(sides, monkeypatch):
-    turned, upright_now = Head(PART, ASKEW, 0.2, 0.5), Head(PART, None, 0.01, 0.5)
-    standing, grids = stand(sides, monkeypatch, turned, upright_now)
-    assert standing.grid is grids[1] and standing.head is upright_now
+def test_of_several_turns_the_one_counts_after_which_most_is_recognised(sides, monkeypatch):
+    best = seen(0.02, 0.85, turn=ASKEW)
+    looks = seen(0.2, 0.7, turn=ASKEW), seen(0.03, 0.8, turn=ASKEW), best, seen(0.01, 0.82)
+    standing, grids = stand(sides, monkeypatch, *looks)
+    assert standing.head is best and standing.grid is grids[2]
 
 
 @pytest.mark.parametrize(
-    ('misfit', 'fit', 'overruled'), [(0.01, 0.45, True), (0.04, 0.6, False), (0.01, 0.35, False)]
+    ('misfit', 'certainty', 'overruled'),
+    [(0.01, 0.9, True), (0.06, 0.95, False), (0.01, 0.7, False)],
 )
-def test_the_header_is_overruled_where_places_say_so_and_intensities_do_not_object(
-    sides, monkeypatch, misfit, fit, overruled
+@pytest.mark.parametrize('direction', [0, 1, 22])
+def test_the_header_is_overruled_where_more_is_recognised_in_an_upright_head(
+    sides, monkeypatch, misfit, certainty, overruled, direction
 ):
-    ahead, back = Head(PART, None, 0.05, 0.5), Head(PART, None, misfit, fit)
-    standing, grids = stand(sides, monkeypatch, ahead, back, ahead)
-    assert (standing.head is back) is overruled
+    ahead, other = seen(0.04, 0.8), seen(misfit, certainty)
+    before = [NOTHING] * direction
+    standing, grids = stand(sides, monkeypatch, ahead, *before, other, NOTHING)
+    assert standing.head is (other if overruled else ahead)
     assert len(grids) == 1
     assert (standing.grid is grids[0]) is not overruled
 

@@ -38,13 +38,14 @@ LAYOUT = 'data/layout.tsv'
 # Structures smaller than this have no reliable centre, mm3; and fewer of them tell nothing.
 _SMALLEST, _FEWEST = 200.0, 8
 # Share of the structures' scatter about their common centre that the average head may leave
-# unexplained: of a head that can be put upright, of one that is, and of one that surely is, where
-# the labels of its brain are as probable as this on average. Of 24 real scans of all ages 22 had
-# 0.005 to 0.017 and 0.80 to 0.86 in the right direction. Heads in wrong ones have 0.01 now and
-# then, but never with a probability over 0.75 if they are wrong by more than 45 degrees.
-_MISFIT, _MISFIT_UPRIGHT, _MISFIT_SURE, _CERTAIN = 0.3, 0.05, 0.02, 0.75
-# Share that has to be recognised, of what is where the head does not stand upright.
-_KEPT = 0.9
+# unexplained, of a head that can be put upright.
+_MISFIT = 0.3
+# How much that share counts against the probability of the labels (see `Head.score`), and the
+# score of a head that surely stands upright. Of 24 real scans of all ages 22 had at least 0.76
+# in the right direction; the best that is wrong by more than 45 degrees had 0.74.
+_MISFIT_WEIGHT, _SURE = 2.0, 0.75
+# How much better the score has to be in a direction that contradicts the header.
+_HEADER = 0.02
 # Without so much brain there is no direction to look for, mm3.
 _LEAST_BRAIN = 30_000.0
 # A head that stands upright within so many degrees is left as it stands.
@@ -94,19 +95,13 @@ class Head:
     certainty: float
 
     @property
-    def recognised(self) -> float:
-        """How much more of the brain is probably labelled rightly than wrongly, mm3."""
-        return self.brain * (2 * self.certainty - 1)
+    def score(self) -> float:
+        """How much speaks for a head that stands upright; at most 1.
 
-    @property
-    def sure(self) -> bool:
-        """Whether the head stands upright without any doubt."""
-        return self.misfit < _MISFIT_SURE and self.certainty > _CERTAIN
-
-    def better_than(self, other: 'Head', /) -> bool:
-        """Whether the head rather stands like this than like `other`."""
-        kept = 1 if other.misfit < _MISFIT_UPRIGHT else _KEPT
-        return self.misfit < _MISFIT_UPRIGHT and self.recognised > kept * other.recognised
+        A network that was trained on heads turned by no more than 20 degrees is less sure of
+        others, and their structures do not come to lie where they belong.
+        """
+        return self.certainty - _MISFIT_WEIGHT * self.misfit
 
 
 @dataclass(frozen=True)
@@ -132,8 +127,8 @@ def put_upright(
 
     Headers are mistaken about directions now and then; LPS data stored as RAS, whose head faces
     backwards, is the most common case. Where the head is not surely upright, that is tried, then
-    all other quarter turns. Each is a rotation, so that no side is mirrored. What counts is how
-    much is recognised in a direction in which the structures lie as in an upright head.
+    all other quarter turns. Each is a rotation, so that no side is mirrored. The direction with
+    the best score is taken.
 
     Parameters
     ----------
@@ -143,9 +138,10 @@ def put_upright(
     scans = prepare(grid)
     ahead = Standing(scans, grid, find_head(scans, model, device=device))
     best = _erected(ahead, prepare, model, device)
+    least = best.head.score + _HEADER
     backwards, *others = _other_quarter_turns()
     for turns in ([backwards], others):
-        if best.head.sure or ahead.head.brain < _LEAST_BRAIN:
+        if best.head.score > _SURE or ahead.head.brain < _LEAST_BRAIN:
             break
         views = (_quarter_turned(scans[-1:], turn) for turn in turns)
         seen = [find_head(view, model, device=device) for view in views]
@@ -153,7 +149,7 @@ def put_upright(
             head, turn = seen[i], turns[i]
             other = Standing(_quarter_turned(scans, turn), _same_voxels(grid, turn), head)
             other = _erected(other, prepare, model, device)
-            if other.head.better_than(best.head):
+            if other.head.score > max(least, best.head.score):
                 best = other
     return best
 
@@ -186,7 +182,7 @@ def _same_voxels(grid: WorkingGrid, turn: np.ndarray) -> WorkingGrid:
 def _erected(
     given: Standing, prepare: Callable[[WorkingGrid], Tensor], model: Model, device: str
 ) -> Standing:
-    """Put a head upright, as far as it is then recognised better."""
+    """Put a head upright, as far as that makes its score better."""
     best = latest = given
     for _ in range(_TURNS):
         turn = latest.head.turn
@@ -195,7 +191,7 @@ def _erected(
         grid = latest.grid.turned(turn.rotation, turn.low, turn.size)
         scans = prepare(grid)
         latest = Standing(scans, grid, find_head(scans, model, device=device))
-        if latest.head.better_than(best.head):
+        if latest.head.score > best.head.score:
             best = latest
     return best
 

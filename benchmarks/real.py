@@ -8,7 +8,7 @@ with motion and the same one enhanced), `ds-bmex` (stripped scans), `adult-heads
 * that of the brain with the non-zero region, volumes, and the largest difference of two sides;
 * the agreement of 5 mm slices with the scan that they were made from;
 * how far volumes depend on the order and direction of the axes and on oblique headers;
-* the agreement of a head that lies turned by up to 180 degrees with the same one upright;
+* where a head is put that lies turned by up to 180 degrees, against where it is put otherwise;
 * what of adult brains lies outside the head;
 * the Dice of tissues in fetal brains, which are far from what the network was trained on.
 """
@@ -20,11 +20,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
+import torch
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from babyseg_bids import BabySegPipeline
 from babyseg_bids.labels import label_table
+from babyseg_bids.network.grid import foreground_box, onto_grid, working_grid
+from babyseg_bids.network.head import angle_of, put_upright
+from babyseg_bids.network.intensity import normalise
 from babyseg_bids.synthesis.completion import AROUND
 
 ORIENTATIONS = [
@@ -44,18 +48,7 @@ FETAL_TISSUES = {
     'brainstem': ((7,), (16,)),
 }
 # Turns of a head about the axes x, y and z, one after the other, degrees.
-DIRECTIONS = (
-    (15, 0, 0),
-    (30, -35, 30),
-    (45, 0, 0),
-    (0, 50, 0),
-    (0, 0, 60),
-    (90, 0, 0),
-    (0, 0, 90),
-    (0, 180, 0),
-    (20, 0, 180),
-    (-60, 40, 120),
-)
+DIRECTIONS = ((30, -35, 30), (0, 0, 60), (-60, 40, 120), (25, 0, 135))
 
 
 def labels_of(pipeline: BabySegPipeline, *paths: Path) -> np.ndarray:
@@ -179,23 +172,49 @@ def volumes(pipeline: BabySegPipeline, image: nib.Nifti1Image) -> np.ndarray:
     return result.set_index('index')['volume-mm3'].to_numpy(float)
 
 
-def directions(pipeline: BabySegPipeline, path: Path) -> pd.DataFrame:
-    """Dice of a scan resampled as if the head lay turned, with its turned label map."""
-    image = nib.as_closest_canonical(nib.load(path))
-    data = np.asarray(image.dataobj, np.float32)
-    labels = np.asarray(pipeline.predict([image]).segmentation.dataobj)
-    size = round(float(np.linalg.norm(data.shape)))
+def directions(pipeline: BabySegPipeline, folder: Path) -> pd.DataFrame:
+    """Where every scan is put when it is resampled as if the head lay turned.
+
+    Returns
+    -------
+    One row a scan: by how many degrees its header is mistaken, and for each of `DIRECTIONS` the
+    degrees between where the head is put and where it is put as it was given.
+    """
     rows = []
-    for degrees in DIRECTIONS:
-        turn = Rotation.from_euler('xyz', degrees, degrees=True).as_matrix()
-        start = (np.array(data.shape) - 1) / 2 - turn @ np.full(3, (size - 1) / 2)
-        shape = (size,) * 3
-        turned = ndimage.affine_transform(data, turn, start, shape, order=1)
-        expected = ndimage.affine_transform(labels, turn, start, shape, order=0)
-        found = pipeline.predict([nib.Nifti1Image(turned, image.affine)]).segmentation
-        angle = float(np.rad2deg(Rotation.from_matrix(turn).magnitude()))
-        rows.append((str(degrees), angle, mean_dice(np.asarray(found.dataobj), expected)))
-    return pd.DataFrame(rows, columns=['turned about x, y, z', 'by', 'dice'])
+    for path in sorted(folder.glob('[da]*/**/*_T[12]w.nii.gz')):
+        image = nib.as_closest_canonical(nib.load(path))
+        data = np.asarray(image.dataobj, np.float32)
+        zooms = np.array(image.header.get_zooms())
+        own = put(pipeline, data, zooms)
+        row = {'scan': path.name.removesuffix('.nii.gz'), 'header': angle_of(own)}
+        voxel = min(zooms)
+        size = round(float(np.linalg.norm(data.shape * zooms)) / voxel)
+        for degrees in DIRECTIONS:
+            turn = Rotation.from_euler('xyz', degrees, degrees=True).as_matrix()
+            matrix = np.diag(voxel / zooms) @ turn
+            start = (np.array(data.shape) - 1) / 2 - matrix @ np.full(3, (size - 1) / 2)
+            turned = ndimage.affine_transform(data, matrix, start, (size,) * 3, order=1)
+            found = put(pipeline, turned, np.full(3, voxel))
+            row[str(degrees)] = angle_of(turn @ found @ own.T)
+        rows.append(row)
+        print(' '.join(str(x) for x in row.values()), flush=True)
+    return pd.DataFrame(rows)
+
+
+def put(pipeline: BabySegPipeline, scan: np.ndarray, zooms: np.ndarray) -> np.ndarray:
+    """The rotation (3, 3) from the axes in which a head is put upright to the scan's own."""
+    model = pipeline.model
+    affine = np.diag([*zooms, 1.0])
+    grid = working_grid(
+        affine, foreground_box(scan), spacing=model.spacing, multiple=model.multiple
+    )
+    standing = put_upright(
+        lambda g: normalise(onto_grid(torch.from_numpy(scan), affine, g))[None],
+        grid,
+        model,
+        device='cpu',
+    )
+    return np.linalg.inv(grid.affine[:3, :3]) @ standing.grid.affine[:3, :3]
 
 
 def adult_heads(pipeline: BabySegPipeline, folder: Path) -> pd.DataFrame:
@@ -249,7 +268,7 @@ def main() -> None:
         'stripped': lambda: stripped(pipeline, args.folder),
         'thick': lambda: thick_slices(pipeline, enhanced),
         'turned': lambda: orientations(pipeline, enhanced),
-        'directions': lambda: directions(pipeline, enhanced),
+        'directions': lambda: directions(pipeline, args.folder),
         'heads': lambda: adult_heads(pipeline, args.folder),
         'fetal': lambda: fetal(pipeline, args.folder),
     }

@@ -239,18 +239,35 @@ def test_of_several_turns_the_one_counts_after_which_the_score_is_best(sides, mo
 
 @pytest.mark.parametrize(
     ('misfit', 'certainty', 'overruled'),
-    [(0.01, 0.78, True), (0.1, 0.95, True), (0.1, 0.9, False), (0.01, 0.74, False)],
+    [(0.01, 0.78, True), (0.04, 0.85, True), (0.06, 0.99, False), (0.01, 0.73, False)],
 )
 @pytest.mark.parametrize('direction', [0, 1, 22])
 def test_the_header_is_overruled_where_the_score_is_clearly_better(
     sides, monkeypatch, misfit, certainty, overruled, direction
 ):
     ahead, other = seen(0.04, 0.8), seen(misfit, certainty)
-    before = [NOTHING] * direction
-    standing, grids = stand(sides, monkeypatch, ahead, *before, other, NOTHING)
+    looks = [NOTHING] * 23
+    looks[direction] = other
+    # The best of the quarter turns other than backwards are looked at in full.
+    again = [other] if direction else []
+    standing, grids = stand(sides, monkeypatch, ahead, *looks, *again, NOTHING)
     assert standing.head is (other if overruled else ahead)
     assert len(grids) == 1
     assert (standing.grid is grids[0]) is not overruled
+
+
+@pytest.mark.parametrize(
+    ('direction', 'certainty', 'taken'), [(0, 0.6, True), (1, 0.6, False), (1, 0.75, True)]
+)
+def test_in_an_unlikely_direction_the_score_has_to_be_good(
+    sides, monkeypatch, direction, certainty, taken
+):
+    ahead, other = seen(0.04, 0.5), seen(0.01, certainty)
+    looks = [NOTHING] * 23
+    looks[direction] = other
+    again = [other] if direction else []
+    standing, _ = stand(sides, monkeypatch, ahead, *looks, *again, NOTHING)
+    assert standing.head is (other if taken else ahead)
 
 
 @pytest.fixture(scope='module')

@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from babyseg_bids.alignment_search import QUICK_POINTS, SAME_MM, mirrored_similarity, search
-from babyseg_bids.alignment_similarity import Similarity, apply, coverage, head_volume
+from babyseg_bids.alignment_similarity import Similarity, apply, head_volume
 from babyseg_bids.rigid import rms_displacement, rotation_angle
 
 # The headers stand when registration moves the head by less than this, or improves the similarity
@@ -167,10 +167,9 @@ def align(
         When one of the images holds nothing but background.
     """
     fixed, other = head_volume(reference, 'reference'), head_volume(moving, 'other')
-    covered = coverage(moving)
-    similarity = Similarity(fixed, other, covered, seed=seed)
+    similarity = Similarity(fixed, other, moving, seed=seed)
     before = similarity(np.eye(4))
-    quick = Similarity(fixed, other, covered, seed=seed + 1, points=QUICK_POINTS)
+    quick = Similarity(fixed, other, moving, seed=seed + 1, points=QUICK_POINTS)
     found, apart = search(fixed, other, similarity, quick)
     after, sharpness = similarity(found), _sharpness(similarity, found)
     centre = apply(np.linalg.inv(found), fixed.centre[None])[0]

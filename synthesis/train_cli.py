@@ -279,6 +279,9 @@ def _fit(args: argparse.Namespace) -> None:
 
 def _cases(args: argparse.Namespace, model: 'Model') -> Iterator['Case']:
     """The cases that the options ask for."""
+    from rich.console import Console
+    from rich.progress import track
+
     from babyseg_bids.synthesis.evaluate import held_out_cases
     from babyseg_bids.synthesis.maps import load_maps
     from babyseg_bids.synthesis.settings import load_settings
@@ -288,7 +291,7 @@ def _cases(args: argparse.Namespace, model: 'Model') -> Iterator['Case']:
     maps = [m for m in everyone if m.name in HELD_OUT]
     if not maps:
         raise InputError(f'{args.maps} holds none of the held-out maps {", ".join(HELD_OUT)}.')
-    return held_out_cases(
+    cases = held_out_cases(
         model,
         maps,
         donors=[m for m in everyone if m.has_head],
@@ -297,6 +300,16 @@ def _cases(args: argparse.Namespace, model: 'Model') -> Iterator['Case']:
         seed=args.seed,
         settings=load_settings(args.settings),
         both_sides=not args.one_side,
+    )
+    console = Console(stderr=True)
+    return iter(
+        track(
+            cases,
+            'Segmenting synthetic scans',
+            total=len(maps) * args.samples,
+            console=console,
+            disable=not console.is_terminal,
+        )
     )
 
 

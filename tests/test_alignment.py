@@ -12,8 +12,10 @@ from babyseg_bids import alignment, alignment_search
 from babyseg_bids.agreement import agreement
 from babyseg_bids.alignment import align, write_transform
 from babyseg_bids.alignment_similarity import (
+    BINS,
     Similarity,
     Volume,
+    apply,
     coverage,
     head_volume,
     normalised_mutual_information,
@@ -170,7 +172,7 @@ def test_a_place_is_searched_until_it_is_found_twice(monkeypatch, ends, found, a
 def test_a_climb_reaches_the_place_from_afar(displaced, turn: tuple[int, int, int]):
     reference, moving, move, _ = displaced
     fixed, other = head_volume(reference, 'reference'), head_volume(moving, 'other')
-    alike = Similarity(fixed, other, coverage(moving), seed=1, points=10_000)
+    alike = Similarity(fixed, other, moving, seed=1, points=10_000)
     start = rotation_matrix(turn, fixed.centre) @ np.linalg.inv(move)
     start[:3, 3] += 8
     end = alignment_search.climb(alike, start, other.centre, step=4.0)
@@ -253,8 +255,40 @@ def test_the_written_transform_resamples_with_ants(displaced, tmp_path: Path):
     assert np.corrcoef(resampled[inside], truth[inside])[0, 1] > 0.9
 
 
+def histogram(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.histogram2d(a, b, bins=BINS, range=[(0, 1)] * 2)[0]
+
+
 def test_independent_values_share_no_information():
     rng = np.random.default_rng(0)
     a, b = rng.random(200_000), rng.random(200_000)
-    assert normalised_mutual_information(a, b) == pytest.approx(1, abs=0.002)
-    assert normalised_mutual_information(a, a) == pytest.approx(2)
+    independent = normalised_mutual_information(histogram(a, b))
+    assert independent == pytest.approx(1, abs=0.002)
+    assert normalised_mutual_information(histogram(a, a)) == pytest.approx(2)
+    assert normalised_mutual_information(np.zeros((4, 4))) == 1
+
+
+@pytest.mark.parametrize('turn', [(0, 0, 0), (20, -5, 10), (0, 60, 180)])
+def test_the_similarity_is_that_of_interpolated_points_in_the_field_of_view(
+    displaced, turn: tuple[int, int, int]
+):
+    """Against scipy, in float64; the moved scan is cut off within the head."""
+    reference, moving, move, _ = displaced
+    moving = moving.slicer[:, 8:-20, 4:]
+    fixed, other = head_volume(reference, 'reference'), head_volume(moving, 'other')
+    alike = Similarity(fixed, other, moving, seed=2, points=5_000)
+    matrix = rotation_matrix(turn, fixed.centre) @ np.linalg.inv(move)
+
+    near = np.argwhere(ndimage.binary_dilation(fixed.mask, iterations=3))
+    rng = np.random.default_rng(2)
+    voxels = near[np.sort(rng.permutation(len(near))[:5_000])]
+    voxels = voxels + rng.uniform(-0.5, 0.5, voxels.shape)
+    world = apply(np.linalg.inv(matrix), apply(fixed.affine, voxels))
+    seen = coverage(moving)(world)
+    assert 0.3 < seen.mean() < 0.95
+    values = ndimage.map_coordinates(fixed.data, voxels.T, order=1)
+    at = apply(np.linalg.inv(other.affine), world)
+    others = ndimage.map_coordinates(other.data, at.T, order=1)
+    expected = normalised_mutual_information(histogram(values[seen], others[seen]))
+    assert alike(matrix) == pytest.approx(expected, abs=1e-4)
+    assert alike(matrix) > 1.01

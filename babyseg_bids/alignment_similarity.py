@@ -17,14 +17,12 @@ MARGIN_MM = 10.0
 # Points at which the similarity is measured, and the least share of them that must lie in the
 # field of view of the moving scan.
 POINTS = 40_000
+MIN_OVERLAP = 0.25
+# Points that are looked up together: all 40,000 took 7 ms at once, and 2 ms in parts, sorted and
+# with float32 values.
+_AT_ONCE = 8192
 # Bins of each scan's intensities.
 BINS = 32
-# Points that are looked up together: so few that their memory is not given back to the system each
-# time, which took three quarters of the time.
-_AT_ONCE = 8192
-MIN_OVERLAP = 0.25
-
-Coverage = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -229,7 +227,7 @@ def _to_unit(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return matrix
 
 
-def coverage(image: nib.Nifti1Image) -> Coverage:
+def coverage(image: nib.Nifti1Image) -> Callable[[np.ndarray], np.ndarray]:
     """A function that tells which world points lie in the field of view of `image`."""
     inverse, last = np.linalg.inv(image.affine), np.array(image.shape[:3]) - 0.5
 

@@ -205,9 +205,9 @@ def test_a_head_that_surely_stands_upright_is_looked_at_once(sides, monkeypatch)
 
 def test_other_directions_are_tried_only_where_there_is_a_brain(sides, monkeypatch):
     better = seen(0.01, 0.9)
-    standing, _ = stand(sides, monkeypatch, seen(0.2, 0.5, brain=1e4), better)
+    standing, _ = stand(sides, monkeypatch, seen(0.2, 0.5, brain=1.4e5), better)
     assert standing.head is not better
-    standing, _ = stand(sides, monkeypatch, seen(0.2, 0.5), better)
+    standing, _ = stand(sides, monkeypatch, seen(0.2, 0.5, brain=1.6e5), better)
     assert standing.head is better
 
 
@@ -297,6 +297,16 @@ def test_the_shipped_model_labels_a_head_that_faces_backwards_as_any_other(drawn
     assert back.turned and not straight.turned and straight.turn_degrees == 0
     assert back.turn_degrees == pytest.approx(180)
     assert (back.labels[::-1, ::-1] == straight.labels).mean() > 0.9999
+
+
+def test_how_a_head_stands_does_not_depend_on_the_calibration(drawn):
+    scans = torch.from_numpy(drawn[0])[None]
+    model = load_model()
+    one, other = (
+        head.find_head(scans, replace(model, temperature=t)) for t in (model.temperature, 1.5)
+    )
+    assert one.brain > 3e5
+    assert one == other
 
 
 @pytest.mark.parametrize('degrees', [(30, -35, 30), (0, 0, 90)])

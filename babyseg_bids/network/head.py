@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 
@@ -225,6 +225,9 @@ def find_head(scans: Tensor, model: Model, /, *, device: str = 'cpu') -> Head:
 @torch.inference_mode()
 def _find(scan: Tensor, model: Model, device: str, room: float) -> Head:
     """`find_head` on one device with so many GiB of memory."""
+    # Scores are compared with fixed limits, so that they must not depend on how the posteriors
+    # were calibrated.
+    model = replace(model, temperature=1.0)
     network: GroupUNet = model.network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[assignment]
     patch = network.config.patch
     factor = patch * WIDE

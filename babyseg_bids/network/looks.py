@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from babyseg_bids.network.boxes import Box, overlapping, ramp, scaled
@@ -131,10 +130,15 @@ def look(scans: Tensor, model: Model, limit: int, /, *, mirrored: bool = False) 
 
 def logits_of(looks: Sequence[Look], block: Box) -> Tensor:
     """Mean logits (places * C, *block) of some looks."""
-    seen = torch.cat([x.features[(slice(None), *block)] for x in looks]).movedim(0, -1)
-    weight = torch.cat([x.weight for x in looks], dim=-1).flatten(0, 1) / len(looks)
     bias = torch.stack([x.bias for x in looks]).mean(0).flatten()
-    return F.linear(seen, weight, bias).movedim(-1, 0)
+    # One matrix product after the other: joining the features first would copy all of them.
+    size, logits = (), bias
+    for x in looks:
+        voxels = x.features[(slice(None), *block)].movedim(0, -1)
+        size = voxels.shape[:-1]
+        weight = x.weight.flatten(0, 1).t() / len(looks)
+        logits = torch.addmm(logits, voxels.flatten(0, -2), weight)
+    return logits.unflatten(0, size).movedim(-1, 0)
 
 
 def mean_logits(looks: Sequence[Look]) -> Tensor:

@@ -103,10 +103,10 @@ def _predict(
         gone = islands(labelled, spacing=model.spacing)
         posteriors[:, gone] = 0
         posteriors[0, gone] = 1
-        without_specks(posteriors, spacing=model.spacing)
         box = scaled(box, patch)
     # In full precision, since variances are small differences.
     redistribute(posteriors, scans[(slice(None), *box)], model.labels, spacing=model.spacing)
+    without_specks(posteriors, spacing=model.spacing)
     return Prediction(posteriors, shifted(box, part))
 
 

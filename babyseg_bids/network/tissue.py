@@ -1,15 +1,18 @@
-"""White matter and cortex told apart once more, by the scans' own intensities.
+"""Structures told apart once more, by the scans' own intensities.
 
-The network's posteriors are the prior of a mixture of two Gaussians whose means and common
-variance vary slowly over the brain (Van Leemput et al., IEEE TMI 18(10), 1999, without the field
-of the scanner, which local means make unnecessary). Thin gyral white matter that a coarse network
-blurs comes back where a scan shows it. Where a scan shows no contrast both likelihoods are alike
-and nothing changes, and the two tissues of a hemisphere only exchange probability: every other
-structure, the brain's outline and the sides stay as they are.
+The network's posteriors are the prior of a mixture of Gaussians (Van Leemput et al., IEEE TMI
+18(10), 1999, without the field of the scanner, which local means make unnecessary). White matter
+and cortex have means and a common variance that vary slowly over the brain; every other structure
+is small and has one mean. The prior is softened first, by a fraction of a voxel: where a border
+runs is better known from a clear scan than from a coarse network. Where a scan shows no contrast,
+all likelihoods are alike and nothing else changes. The structures of the cerebrum and the
+brainstem only exchange probability among each other: the brain's outline stays as it is.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,26 +23,38 @@ from babyseg_bids.network.grid import blur
 
 # White matter and cortex of each hemisphere.
 PAIRS = ((2, 3), (41, 42))
+# What does not take part: the cerebellum, which has two tissues of its own, and third and fourth
+# ventricle, too thin to show an intensity of their own.
+APART = (8, 14, 15, 47)
 # Deviation of the window in which means and variance are estimated, mm.
 WINDOW = 14.0
 # Rounds in which the tissues of the window are estimated anew, on half the resolution; the window
 # itself is wide enough for a quarter.
 ROUNDS = 3
-# The scans together change the odds by no more than this factor: the network has seen the
-# intensities, too, and fluid in a sulcus may look like white matter.
+# Share of a voxel's prior that comes from each neighbour along an axis.
+SOFTENED = 0.1
+# How much the likelihoods of small structures count, as an exponent: their intensities are less
+# uniform than one mean can say.
+TRUST = 0.7
+# The scans together make white matter against cortex, or a structure against the others, likelier
+# by no more than this factor: the network has seen the intensities, too, and fluid in a sulcus may
+# look like white matter.
 MOST = 10.0
-# Likelihood of what neither tissue explains, relative to the peak of a Gaussian.
+# Likelihood of what no tissue explains, relative to the peak of a Gaussian.
 OUTLIER = 0.02
 # Smallest deviation of the intensities, of their range 0..1.
 LEAST_DEVIATION = 0.03
 # How much the means of the whole brain count in a window, voxels of it.
 _ANCHOR = 0.2
+# From which probability of small structures together, and up to which, the exchange with them sets
+# in.
+_FEW, _MANY = 0.01, 0.05
 
 
 def redistribute(
     posteriors: Tensor, scans: Tensor, labels: LabelTable, /, *, spacing: float
 ) -> None:
-    """Exchange probability between white matter and cortex, in place.
+    """Exchange probability between the structures of the brain, in place.
 
     Parameters
     ----------
@@ -50,33 +65,46 @@ def redistribute(
     numbers = labels.indices.tolist()
     if not all(n in numbers for pair in PAIRS for n in pair) or min(posteriors.shape[1:]) < 3:
         return
-    channels = [(numbers.index(a), numbers.index(b)) for a, b in PAIRS]
-    white, cortex = (posteriors[list(c)].sum(0) for c in zip(*channels, strict=True))
-    factor = _likelihood_ratio(white, cortex, scans, sigma=WINDOW / (4 * spacing)).exp_()
-    for a, b in channels:
-        total = posteriors[a] + posteriors[b]
-        odds = posteriors[a] * factor
-        posteriors[a] = total * odds / (odds + posteriors[b]).clamp_min_(1e-12)
-        posteriors[b] = (total - posteriors[a]).clamp_min_(0)
+    white, cortex = ([numbers.index(n) for n in tissue] for tissue in zip(*PAIRS, strict=True))
+    apart = [c for c, n in enumerate(numbers) if c == 0 or n in APART]
+    tissues = torch.stack([_sum(posteriors, c) for c in (white, cortex)])
+    fields = _local_fields(tissues, scans, sigma=WINDOW / (4 * spacing))
+    small = 1 - _sum(posteriors, apart).add_(tissues[0]).add_(tissues[1])
+    exchanged = _with_small(posteriors, small, scans, fields, white, cortex, apart)
+    share = _share_of_white(tissues, scans, fields)
+    for a, b in zip(white, cortex, strict=True):
+        both = posteriors[a] + posteriors[b]
+        torch.mul(both, share, out=posteriors[a])
+        torch.sub(both, posteriors[a], out=posteriors[b])
+    if exchanged:
+        exchanged.put_into(posteriors)
 
 
-def _likelihood_ratio(white: Tensor, cortex: Tensor, scans: Tensor, *, sigma: float) -> Tensor:
-    """Logarithm of how much likelier white matter is, (*size), from the priors (*size)."""
-    coarse = [_halved(x) for x in (white, cortex, *scans)]
-    prior, both = coarse[0], coarse[0] + coarse[1]
-    odds = prior / coarse[1].clamp_min(1e-6)
-    share = prior
+def _sum(posteriors: Tensor, channels: Sequence[int]) -> Tensor:
+    """Of some channels, (*size), without a copy of each."""
+    out = posteriors[channels[0]].clone()
+    for c in channels[1:]:
+        out += posteriors[c]
+    return out
+
+
+def _local_fields(tissues: Tensor, scans: Tensor, *, sigma: float) -> list[Tensor]:
+    """Of each scan, local means of white matter and cortex and twice their variance: (3, *size).
+
+    Parameters
+    ----------
+    tissues : (2, *size), prior of white matter and of cortex
+    sigma : of the window, in voxels of a quarter of the resolution
+    """
+    white, cortex, *coarse = (_halved(x) for x in (*tissues, *scans))
+    both, odds, share = white + cortex, white / cortex.clamp_min(1e-6), white
     for _ in range(ROUNDS):
-        ratio = _bounded((x, _fields(share, both, x, prior.shape, sigma)) for x in coarse[2:])
-        changed = odds * ratio.exp_()
+        changed = odds * _ratio(coarse, [_fields(share, both, x, sigma) for x in coarse])
         share = both * changed / (1 + changed)
-    fields = [_fields(share, both, x, prior.shape, sigma) for x in coarse[2:]]
-    return _bounded(
-        (x, _doubled(each, white.shape)) for x, each in zip(scans, fields, strict=True)
-    )
+    return [_doubled(_fields(share, both, x, sigma), tissues.shape[1:]) for x in coarse]
 
 
-def _fields(share: Tensor, both: Tensor, x: Tensor, size: Sequence[int], sigma: float) -> Tensor:
+def _fields(share: Tensor, both: Tensor, x: Tensor, sigma: float) -> Tensor:
     """Local means of white matter and of cortex, and twice the variance of both: (3, *size)."""
     weights = torch.stack([share, both - share])
     moments = _halved(torch.cat([weights, weights * x, weights * x.square()]))
@@ -87,20 +115,115 @@ def _fields(share: Tensor, both: Tensor, x: Tensor, size: Sequence[int], sigma: 
     white, cortex = first / n.clamp_min(1e-6), first_ / m.clamp_min(1e-6)
     spread = second - n * white.square() + second_ - m * cortex.square()
     variance = (spread / (n + m).clamp_min(1e-6)).clamp_min(LEAST_DEVIATION**2)
-    return _doubled(torch.stack([white, cortex, 2 * variance]), size)
+    return _doubled(torch.stack([white, cortex, 2 * variance]), share.shape)
 
 
-def _bounded(scans: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """The log likelihood ratios of scans and their fields together, as far as `MOST` allows."""
-    ratios = []
-    for x, (white, cortex, variance) in scans:
-        likelihoods = [
-            (x - mean).square_().div_(variance).neg_().exp_().add_(OUTLIER)
-            for mean in (white, cortex)
-        ]
-        ratios.append((likelihoods[0] / likelihoods[1]).log_())
-    limit = math.log(MOST)
-    return torch.stack(ratios).sum(0).clamp_(-limit, limit)
+def _share_of_white(tissues: Tensor, scans: Tensor, fields: Sequence[Tensor]) -> Tensor:
+    """Share of white matter in white matter and cortex, (*size), from their prior (2, *size)."""
+    white, cortex = _softened(tissues)
+    white.mul_(_ratio(scans, fields))
+    return white / cortex.add_(white).clamp_min_(1e-12)
+
+
+def _ratio(scans: Sequence[Tensor] | Tensor, fields: Sequence[Tensor]) -> Tensor:
+    """How much likelier white matter is than cortex, (*size), as far as `MOST` allows."""
+    ratio = torch.ones_like(scans[0])
+    for x, (white, cortex, variance) in zip(scans, fields, strict=True):
+        ratio *= _likelihood(x, white, variance).div_(_likelihood(x, cortex, variance))
+    return ratio.clamp_(1 / MOST, MOST)
+
+
+def _likelihood(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Of intensities, relative to the peak; the variance is twice that of the tissue."""
+    return (x - mean).square_().div_(variance).neg_().exp_().add_(OUTLIER)
+
+
+@dataclass(frozen=True)
+class _Exchanged:
+    """New posteriors of some voxels.
+
+    Parameters
+    ----------
+    voxels : (n,) flattened indices
+    channels : c of them
+    values : (c, n)
+    weights : (n,), how much they count, 0..1
+    """
+
+    voxels: Tensor
+    channels: Sequence[int]
+    values: Tensor
+    weights: Tensor
+
+    def put_into(self, posteriors: Tensor) -> None:
+        """Mix them with what is there."""
+        flat = posteriors.flatten(1)
+        for channel, values in zip(self.channels, self.values, strict=True):
+            flat[channel, self.voxels] = flat[channel, self.voxels].lerp_(values, self.weights)
+
+
+def _with_small(
+    posteriors: Tensor,
+    small: Tensor,
+    scans: Tensor,
+    fields: Sequence[Tensor],
+    white: Sequence[int],
+    cortex: Sequence[int],
+    apart: Sequence[int],
+) -> _Exchanged | None:
+    """What the small structures exchange among each other and with white matter and cortex.
+
+    Parameters
+    ----------
+    small : (*size), probability of small structures together
+    fields : of each scan, see `_local_fields`
+    white, cortex, apart : channels; all others are small structures
+    """
+    voxels = (small > _FEW).nonzero()
+    if not len(voxels):
+        return None
+    size = small.shape
+    here = _flattened(voxels, size)
+    weights = ((small.flatten()[here] - _FEW) / (_MANY - _FEW)).clamp_(0, 1)
+    others = [c for c in range(len(posteriors)) if c not in {*white, *cortex, *apart}]
+    channels = [*others, *white, *cortex]
+    flat = posteriors.flatten(1)
+    prior = torch.stack([flat[c, here] for c in channels])
+    total = prior.sum(0)
+    shares = prior[: len(others)] / prior[: len(others)].sum(1, keepdim=True).clamp_min(1e-6)
+    prior = prior * (1 - 6 * SOFTENED)
+    for step in itertools.chain(torch.eye(3, dtype=torch.int64), -torch.eye(3, dtype=torch.int64)):
+        there = _flattened(voxels + step.to(voxels), size)
+        for row, c in zip(prior, channels, strict=True):
+            row.add_(flat[c, there], alpha=SOFTENED)
+    logs = torch.zeros_like(prior)
+    for x, field in zip(scans, fields, strict=True):
+        x, field = x.flatten()[here], field.flatten(1)[:, here]
+        means = [(shares @ x)[:, None].expand(-1, len(here))]
+        means += [f.expand(len(c), -1) for f, c in zip(field, (white, cortex), strict=False)]
+        logs += _likelihood(x, torch.cat(means), field[2]).log_().mul_(TRUST)
+    average = (prior * logs.exp()).sum(0) / prior.sum(0).clamp_min(1e-12)
+    logs -= average.clamp_min_(1e-12).log_()
+    values = prior.mul_(logs.clamp_(-math.log(MOST), math.log(MOST)).exp_())
+    values *= total / values.sum(0).clamp_min(1e-12)
+    return _Exchanged(here, channels, values, weights)
+
+
+def _flattened(voxels: Tensor, size: Sequence[int]) -> Tensor:
+    """Indices into a flattened volume of voxels (n, 3), those outside moved to its border."""
+    x, y, z = (v.clamp(0, n - 1) for v, n in zip(voxels.T, size, strict=True))
+    return (x * size[1] + y) * size[2] + z
+
+
+def _softened(x: Tensor) -> Tensor:
+    """A copy of (C, *size) in which neighbours have shared what they have."""
+    for axis in (1, 2, 3):
+        n = x.shape[axis] - 1
+        mixed = x * (1 - 2 * SOFTENED)
+        mixed.narrow(axis, 0, n).add_(x.narrow(axis, 1, n), alpha=SOFTENED)
+        mixed.narrow(axis, 1, n).add_(x.narrow(axis, 0, n), alpha=SOFTENED)
+        x = mixed
+    return x
 
 
 def _halved(x: Tensor) -> Tensor:

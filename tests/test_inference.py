@@ -9,7 +9,7 @@ from orientations import CODES, reorient
 from scipy import ndimage
 
 from babyseg_bids.errors import InputError, ModelError, UsageError
-from babyseg_bids.labels import label_table
+from babyseg_bids.labels import label_table, table_of
 from babyseg_bids.network import (
     Model,
     boxes,
@@ -282,17 +282,31 @@ def test_a_structure_of_next_to_no_volume_becomes_what_surrounds_it():
     likely[:, 3, 3, 5] = torch.tensor([0.0, 0.0, 0.0, 1.0])
     likely[:, 4:, 4:, :3] = torch.tensor([0.1, 0.2, 0.6, 0.1]).view(4, 1, 1, 1)
     before = likely.clone()
-    masks.without_specks(likely, spacing=1.0)
+    table = table_of(label_table().indices[:4])
+    masks.without_specks(likely, table, spacing=1.0)
     # Thirteen voxels of 1 mm3 are a speck, and so is the one that is sure of itself.
     assert likely.argmax(0).unique().tolist() == [0, 1]
     assert likely[0, 3, 3, 5] == 1 and not likely[2, 4:, 4:, :3].any()
     torch.testing.assert_close(likely.sum(0), before.sum(0))
     torch.testing.assert_close(likely[:, 2, 2, 2], torch.tensor([0.1, 0.2, 0.0, 0.1]) / 0.4)
     kept = before.clone()
-    masks.without_specks(kept, spacing=2.0)
+    masks.without_specks(kept, table, spacing=2.0)
     # At 2 mm the thirteen are a structure, and what was not a speck's is left alone.
     assert (kept.argmax(0) == 2).sum() == 13
     torch.testing.assert_close(kept[:, 2, 2, 2], before[:, 2, 2, 2])
+
+
+@pytest.mark.parametrize(('label', 'most'), [(16, 399), (10, 19)])
+def test_a_brainstem_has_to_be_larger_than_other_structures(label, most):
+    table = label_table()
+    channel = table.indices.tolist().index(label)
+    for count in (most, most + 1):
+        likely = torch.zeros(len(table), 10, 10, 10)
+        likely[0] = 0.4
+        flat = likely.flatten(1)
+        flat[channel, :count] = 0.6
+        masks.without_specks(likely, table, spacing=1.0)
+        assert (likely.argmax(0) == channel).sum() == (count if count > most else 0)
 
 
 def test_no_island_comes_back_in_the_result():

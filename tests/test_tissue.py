@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from babyseg_bids.labels import OFFICIAL, label_table, table_of
+from babyseg_bids.network import tissue
 from babyseg_bids.network.tissue import MOST, redistribute
 
 TABLE = label_table()
@@ -116,7 +117,8 @@ def test_away_from_small_structures_no_probability_changes_sides():
 
 
 def test_the_odds_change_within_bounds_however_many_scans_agree(monkeypatch):
-    monkeypatch.setattr('babyseg_bids.network.tissue.SOFTENED', 0.0)
+    for name in ('SOFTENED', 'SOFTENED_SMALL'):
+        monkeypatch.setattr(tissue, name, 0.0)
     truth = blades()
     p = blurred(truth)
     before = p.clone()

@@ -4,6 +4,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from babyseg_bids.labels import LabelTable
+
 # What is background by more than this is left out of the result, unless it is within so many
 # voxels of the U-Net's grid of what is not; so is what is farther than `_FAR` from likely brain,
 # such as a skull that the network is not sure about.
@@ -17,6 +19,9 @@ _ISLAND_SHARE, _FAR_ISLAND_SHARE, _ISLAND_MM = 0.05, 0.5, 8.0
 # Structures smaller than this in all are false detections, mm3. The smallest in the children's
 # maps, an accumbens at 2 months, has 60; that of a fetus of 28 weeks is smaller.
 _SPECK = 20.0
+# The same for some, by FreeSurfer number: a fetus of 21 weeks has a brainstem of 1600 mm3, and what
+# was left of that of a child of 1 month, whose brainstem was cut away below the midbrain, has 900.
+_SPECKS = {16: 400.0}
 
 
 def near_brain(background: Tensor) -> Tensor:
@@ -63,7 +68,7 @@ def islands(brain: Tensor, /, *, spacing: float) -> Tensor:
     return small[pieces].to(brain.device)
 
 
-def without_specks(posteriors: Tensor, /, *, spacing: float) -> None:
+def without_specks(posteriors: Tensor, labels: LabelTable, /, *, spacing: float) -> None:
     """Give the voxels of structures of next to no volume to what is likeliest besides, in place.
 
     Parameters
@@ -73,9 +78,9 @@ def without_specks(posteriors: Tensor, /, *, spacing: float) -> None:
     """
     # Counting one channel after the other takes about a third of the time of `argmax` over them.
     most = posteriors.amax(0)
-    for channel in range(1, len(posteriors)):
+    for channel, number in enumerate(labels.indices.tolist()[1:], start=1):
         where = posteriors[channel] == most
-        if 0 < int(where.count_nonzero()) * spacing**3 < _SPECK:
+        if 0 < int(where.count_nonzero()) * spacing**3 < _SPECKS.get(number, _SPECK):
             posteriors[channel, where] = 0
             rest = posteriors[:, where].sum(0)
             posteriors[0, where] += (rest == 0).to(posteriors.dtype)

@@ -106,7 +106,7 @@ def _predict(
         box = scaled(box, patch)
     # In full precision, since variances are small differences.
     redistribute(posteriors, scans[(slice(None), *box)], model.labels, spacing=model.spacing)
-    without_specks(posteriors, spacing=model.spacing)
+    without_specks(posteriors, model.labels, spacing=model.spacing)
     return Prediction(posteriors, shifted(box, part))
 
 

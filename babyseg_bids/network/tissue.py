@@ -31,8 +31,9 @@ WINDOW = 14.0
 # Rounds in which the tissues of the window are estimated anew, on half the resolution; the window
 # itself is wide enough for a quarter.
 ROUNDS = 3
-# Share of a voxel's prior that comes from each neighbour along an axis.
-SOFTENED = 0.1
+# Share of a voxel's prior that comes from each neighbour along an axis, for white matter and cortex
+# and for small structures.
+SOFTENED, SOFTENED_SMALL = 0.25, 0.1
 # How much the likelihoods of small structures count, as an exponent: their intensities are less
 # uniform than one mean can say.
 TRUST = 0.7
@@ -191,11 +192,11 @@ def _with_small(
     prior = torch.stack([flat[c, here] for c in channels])
     total = prior.sum(0)
     shares = prior[: len(others)] / prior[: len(others)].sum(1, keepdim=True).clamp_min(1e-6)
-    prior = prior * (1 - 6 * SOFTENED)
+    prior = prior * (1 - 6 * SOFTENED_SMALL)
     for step in itertools.chain(torch.eye(3, dtype=torch.int64), -torch.eye(3, dtype=torch.int64)):
         there = _flattened(voxels + step.to(voxels), size)
         for row, c in zip(prior, channels, strict=True):
-            row.add_(flat[c, there], alpha=SOFTENED)
+            row.add_(flat[c, there], alpha=SOFTENED_SMALL)
     logs = torch.zeros_like(prior)
     for x, field in zip(scans, fields, strict=True):
         x, field = x.flatten()[here], field.flatten(1)[:, here]

@@ -19,8 +19,8 @@ _ISLAND_SHARE, _FAR_ISLAND_SHARE, _ISLAND_MM = 0.05, 0.5, 8.0
 # Structures smaller than this in all are false detections, mm3. The smallest in the children's
 # maps, an accumbens at 2 months, has 60; that of a fetus of 28 weeks is smaller.
 _SPECK = 20.0
-# The same for some, by FreeSurfer number: a fetus of 21 weeks has a brainstem of 1600 mm3, and what
-# was left of that of a child of 1 month, whose brainstem was cut away below the midbrain, has 900.
+# The same for some, by FreeSurfer number: a fetus of 21 weeks has a brainstem of 1600 mm3, and the
+# midbrain that was left of that of a child of 1 month has 900.
 _SPECKS = {16: 400.0}
 
 

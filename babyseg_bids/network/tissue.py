@@ -31,8 +31,8 @@ WINDOW = 14.0
 # Rounds in which the tissues of the window are estimated anew, on half the resolution; the window
 # itself is wide enough for a quarter.
 ROUNDS = 3
-# Share of a voxel's prior that comes from each neighbour along an axis, for white matter and cortex
-# and for small structures.
+# Share of a voxel's prior that comes from each neighbour along an axis, for white matter and
+# cortex, and for small structures.
 SOFTENED, SOFTENED_SMALL = 0.25, 0.1
 # How much the likelihoods of small structures count, as an exponent: their intensities are less
 # uniform than one mean can say.

@@ -71,7 +71,8 @@ def redistribute(
     tissues = torch.stack([_sum(posteriors, c) for c in (white, cortex)])
     fields = _local_fields(tissues, scans, sigma=WINDOW / (4 * spacing))
     small = 1 - _sum(posteriors, apart).add_(tissues[0]).add_(tissues[1])
-    exchanged = _with_small(posteriors, small, scans, fields, white, cortex, apart)
+    others = [c for c in range(len(numbers)) if c not in {*white, *cortex, *apart}]
+    exchanged = _with_small(posteriors, small, scans, fields, (others, white, cortex))
     share = _share_of_white(tissues, scans, fields)
     for a, b in zip(white, cortex, strict=True):
         both = posteriors[a] + posteriors[b]
@@ -168,9 +169,7 @@ def _with_small(
     small: Tensor,
     scans: Tensor,
     fields: Sequence[Tensor],
-    white: Sequence[int],
-    cortex: Sequence[int],
-    apart: Sequence[int],
+    channels: tuple[Sequence[int], Sequence[int], Sequence[int]],
 ) -> _Exchanged | None:
     """What the small structures exchange among each other and with white matter and cortex.
 
@@ -178,7 +177,7 @@ def _with_small(
     ----------
     small : (*size), probability of small structures together
     fields : of each scan, see `_local_fields`
-    white, cortex, apart : channels; all others are small structures
+    channels : of small structures, white matter, and cortex
     """
     voxels = (small > _FEW).nonzero()
     if not len(voxels):
@@ -186,28 +185,29 @@ def _with_small(
     size = small.shape
     here = _flattened(voxels, size)
     weights = ((small.flatten()[here] - _FEW) / (_MANY - _FEW)).clamp_(0, 1)
-    others = [c for c in range(len(posteriors)) if c not in {*white, *cortex, *apart}]
-    channels = [*others, *white, *cortex]
+    others, white, cortex = channels
+    everyone = [*others, *white, *cortex]
     flat = posteriors.flatten(1)
-    prior = torch.stack([flat[c, here] for c in channels])
+    prior = torch.stack([flat[c, here] for c in everyone])
     total = prior.sum(0)
     shares = prior[: len(others)] / prior[: len(others)].sum(1, keepdim=True).clamp_min(1e-6)
+    # So few voxels that looking up their neighbours is faster than softening a box around them.
     prior = prior * (1 - 6 * SOFTENED_SMALL)
     for step in itertools.chain(torch.eye(3, dtype=torch.int64), -torch.eye(3, dtype=torch.int64)):
         there = _flattened(voxels + step.to(voxels), size)
-        for row, c in zip(prior, channels, strict=True):
+        for row, c in zip(prior, everyone, strict=True):
             row.add_(flat[c, there], alpha=SOFTENED_SMALL)
     logs = torch.zeros_like(prior)
     for x, field in zip(scans, fields, strict=True):
         x, field = x.flatten()[here], field.flatten(1)[:, here]
         means = [(shares @ x)[:, None].expand(-1, len(here))]
-        means += [f.expand(len(c), -1) for f, c in zip(field, (white, cortex), strict=False)]
+        means += [f.expand(len(c), -1) for f, c in zip(field[:2], (white, cortex), strict=True)]
         logs += _likelihood(x, torch.cat(means), field[2]).log_().mul_(TRUST)
     average = (prior * logs.exp()).sum(0) / prior.sum(0).clamp_min(1e-12)
     logs -= average.clamp_min_(1e-12).log_()
     values = prior.mul_(logs.clamp_(-math.log(MOST), math.log(MOST)).exp_())
     values *= total / values.sum(0).clamp_min(1e-12)
-    return _Exchanged(here, channels, values, weights)
+    return _Exchanged(here, everyone, values, weights)
 
 
 def _flattened(voxels: Tensor, size: Sequence[int]) -> Tensor:

@@ -5,7 +5,8 @@ with motion and the same one enhanced), `ds-bmex` (stripped scans), `adult-heads
 `label-maps/fetal` (T2w atlases of fetal brains with their tissues). Printed are
 
 * the mean Dice of T1w alone against T2w alone and of motion against enhanced;
-* that of the brain with the non-zero region, volumes, and the largest difference of two sides;
+* that of the brain with the non-zero region, volumes, the largest difference of two sides, and
+  whether the lateral ventricles differ in the image, too;
 * the agreement of 5 mm slices with the scan that they were made from;
 * how far volumes depend on the order and direction of the axes and on oblique headers;
 * where a head is put that lies turned by up to 150 degrees, against where it is put otherwise;
@@ -24,6 +25,7 @@ import pandas as pd
 import torch
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
+from skimage.filters import threshold_otsu
 
 from babyseg_bids import BabySegPipeline
 from babyseg_bids.labels import label_table
@@ -85,9 +87,10 @@ def stripped(pipeline: BabySegPipeline, folder: Path) -> pd.DataFrame:
     rows = []
     for path in sorted(folder.glob('ds-bmex/sub-*/**/anat/*_T1w.nii.gz')):
         image = nib.load(path)
+        data = np.asarray(image.dataobj)
         labels = labels_of(pipeline, path)
         unit = abs(np.linalg.det(image.affine[:3, :3])) / 1000
-        shown = ndimage.binary_fill_holes(np.asarray(image.dataobj) > 0)
+        shown = ndimage.binary_fill_holes(data > 0)
         brain = labels > 0
         volume = {r.index: (labels == r.index).sum() * unit for r in table.structures}
         tissue = {
@@ -101,6 +104,7 @@ def stripped(pipeline: BabySegPipeline, folder: Path) -> pd.DataFrame:
             if r.hemisphere == 'L' and r.tissue != 'cerebellum'
         }
         worst = max(sides, key=sides.__getitem__)
+        labelled, dark = ventricle_sides(data, labels)
         rows.append(
             {
                 'scan': path.name.removesuffix('_T1w.nii.gz'),
@@ -109,9 +113,31 @@ def stripped(pipeline: BabySegPipeline, folder: Path) -> pd.DataFrame:
                 **tissue,
                 'worst side': f'{worst} {100 * sides[worst]:.0f} %',
                 'sides over 15 %': sum(v > 0.15 for v in sides.values()),
+                'LV left - right': f'{100 * labelled:+.0f} %',
+                'of dark voxels': f'{100 * dark:+.0f} %',
             }
         )
     return pd.DataFrame(rows)
+
+
+def ventricle_sides(data: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Difference of left and right lateral ventricle in a T1w scan, over the mean of both.
+
+    Returns
+    -------
+    that of the labels, and that of the dark voxels of the brain within three voxels of them: a
+    difference that both show is the child's own
+    """
+    box = ndimage.find_objects(np.isin(labels, (4, 43)).astype(int))[0]
+    near = tuple(slice(max(0, s.start - 4), s.stop + 4) for s in box)
+    data, labels = data[near], labels[near]
+    left, right = (ndimage.distance_transform_edt(labels != n) for n in (4, 43))
+    around = (np.minimum(left, right) <= 3) & ~np.isin(labels, (0, 14))
+    dark = around & (data < threshold_otsu(data[around]))
+    volumes = ((left == 0, right == 0), (dark & (left < right), dark & (right < left)))
+    counts = ((int(x.sum()), int(y.sum())) for x, y in volumes)
+    a, b = (2 * (x - y) / max(1, x + y) for x, y in counts)
+    return a, b
 
 
 def thick_slices(pipeline: BabySegPipeline, path: Path, *, slice_mm: float = 5) -> pd.DataFrame:

@@ -29,6 +29,7 @@ from skimage.filters import threshold_otsu
 
 from babyseg_bids import BabySegPipeline
 from babyseg_bids.labels import label_table
+from babyseg_bids.morphometry import asymmetry_index
 from babyseg_bids.network.grid import foreground_box, onto_grid, working_grid
 from babyseg_bids.network.head import angle_of, put_upright
 from babyseg_bids.network.intensity import normalise
@@ -98,46 +99,40 @@ def stripped(pipeline: BabySegPipeline, folder: Path) -> pd.DataFrame:
             for t in ('white-matter', 'cortex', 'ventricle', 'cerebellum', 'brainstem')
         }
         sides = {
-            r.abbreviation[2:]: abs(volume[r.index] - volume[r.mirror])
-            / max((volume[r.index] + volume[r.mirror]) / 2, 1e-9)
+            r.abbreviation[2:]: asymmetry_index(volume[r.index], volume[r.mirror])
             for r in table.structures
             if r.hemisphere == 'L' and r.tissue != 'cerebellum'
         }
-        worst = max(sides, key=sides.__getitem__)
-        labelled, dark = ventricle_sides(data, labels)
+        # A structure that is absent on both sides counts, too.
+        uneven = {name: np.nan_to_num(abs(value), nan=200) for name, value in sides.items()}
+        worst = max(uneven, key=uneven.__getitem__)
         rows.append(
             {
                 'scan': path.name.removesuffix('_T1w.nii.gz'),
                 'brain': 2 * (brain & shown).sum() / (brain.sum() + shown.sum()),
                 'mL': brain.sum() * unit,
                 **tissue,
-                'worst side': f'{worst} {100 * sides[worst]:.0f} %',
-                'sides over 15 %': sum(v > 0.15 for v in sides.values()),
-                'LV left - right': f'{100 * labelled:+.0f} %',
-                'of dark voxels': f'{100 * dark:+.0f} %',
+                'worst side': f'{worst} {uneven[worst]:.0f} %',
+                'sides over 15 %': sum(v > 15 for v in uneven.values()),
+                'LV left - right': f'{sides["LV"]:+.0f} %',
+                'of dark voxels': f'{dark_sides(data, labels):+.0f} %',
             }
         )
     return pd.DataFrame(rows)
 
 
-def ventricle_sides(data: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Difference of left and right lateral ventricle in a T1w scan, over the mean of both.
+def dark_sides(data: np.ndarray, labels: np.ndarray) -> float:
+    """Asymmetry (percent) of what is as dark as a lateral ventricle near the labels of one.
 
-    Returns
-    -------
-    that of the labels, and that of the dark voxels of the brain within three voxels of them: a
-    difference that both show is the child's own
+    Where it is that of the labels, their asymmetry is not the network's alone. Counted are the
+    brain's voxels within three of the labels in a T1w scan, but for the third ventricle.
     """
-    box = ndimage.find_objects(np.isin(labels, (4, 43)).astype(int))[0]
-    near = tuple(slice(max(0, s.start - 4), s.stop + 4) for s in box)
-    data, labels = data[near], labels[near]
+    brain = ndimage.find_objects((labels > 0).astype(int))[0]
+    data, labels = data[brain], labels[brain]
     left, right = (ndimage.distance_transform_edt(labels != n) for n in (4, 43))
     around = (np.minimum(left, right) <= 3) & ~np.isin(labels, (0, 14))
     dark = around & (data < threshold_otsu(data[around]))
-    volumes = ((left == 0, right == 0), (dark & (left < right), dark & (right < left)))
-    counts = ((int(x.sum()), int(y.sum())) for x, y in volumes)
-    a, b = (2 * (x - y) / max(1, x + y) for x, y in counts)
-    return a, b
+    return asymmetry_index(*(np.count_nonzero(dark & d) for d in (left < right, right < left)))
 
 
 def thick_slices(pipeline: BabySegPipeline, path: Path, *, slice_mm: float = 5) -> pd.DataFrame:

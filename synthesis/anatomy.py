@@ -130,7 +130,13 @@ def draw_anatomy(
         raise UsageError(f'size is {settings.size}; {source.name} has only {dim} axes.')
     # Two axes of a map with three are an axial slice.
     size = (*settings.size, *[1] * (dim - len(settings.size)))
+    stretch = _mean_stretch(mixture)
+    growth = abs(np.linalg.det(shape.matrix[:dim, :dim])) / abs(np.linalg.det(stretch))
     scale = s.scale_adult if source.has_head else s.scale_infant
+    if dim == 3 and draws.scope('volume').chance('given', s.volume_probability):
+        own = source.brain / growth
+        smallest, largest = (float(np.cbrt(1000 * mL / own)) for mL in s.volume)
+        scale = (smallest, largest)
     linear = random_linear(
         dim,
         rotation_deg=s.rotation_deg,
@@ -146,7 +152,6 @@ def draw_anatomy(
     if mirrored:
         points[0] *= -1
     points = torch.einsum('ij,j...->i...', linear, points)
-    stretch = _mean_stretch(mixture)
     to_template = torch.from_numpy(np.linalg.inv(stretch)).float().to(draws.device)
     points = torch.einsum('ij,j...->i...', to_template, points + _column(shift, points))
     points = _follow(points, mixture, s, draws=draws)
@@ -169,10 +174,8 @@ def draw_anatomy(
         depth = _look_up(source.depth, flat)
         classes = thin_cortex(classes, depth, inner.uniform('by, mm', *s.cortex), table)
     classes = classes.view(size)
-    growth = float(linear.det().abs()) * abs(np.linalg.det(shape.matrix[:dim, :dim]))
-    growth *= abs(np.linalg.det(np.linalg.inv(stretch)))
     # The map's millimetres in the output's.
-    unit = DISTANCE_STEP / growth ** (1 / dim)
+    unit = DISTANCE_STEP / (float(linear.det().abs()) * growth) ** (1 / dim)
     distance = _look_up(source.distance, flat).view(size).float().mul_(unit)
     has_head = source.has_head
     donors = [m for m in maps if m.has_head and m.shape is not None]

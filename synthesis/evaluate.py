@@ -10,7 +10,7 @@ from torch import Tensor
 
 from babyseg_bids.labels import label_table
 from babyseg_bids.network.grid import WorkingGrid, from_grid, onto_grid, reference_box
-from babyseg_bids.network.head import put_upright
+from babyseg_bids.network.head import enlarged, put_upright
 from babyseg_bids.network.intensity import normalise
 from babyseg_bids.network.prediction import Prediction, predict
 from babyseg_bids.network.weights import Model
@@ -85,7 +85,7 @@ def segment_sample(images: Tensor, model: Model, /, *, both_sides: bool = True) 
 
     Returns
     -------
-    posteriors on the images' own grid, also where the head was put upright
+    posteriors on the images' own grid, also where the head was put upright or enlarged
     """
     size = tuple(images.shape[1:])
     affine = np.diag([model.spacing] * 3 + [1.0])
@@ -96,8 +96,14 @@ def segment_sample(images: Tensor, model: Model, /, *, both_sides: bool = True) 
             return images
         return torch.stack([normalise(onto_grid(x, affine, grid)) for x in images])
 
-    standing = put_upright(on, own, model, device='cpu')
-    found = predict(standing.scans, model, both_sides=both_sides, part=standing.head.part)
+    standing = enlarged(put_upright(on, own, model, device='cpu'), on, model)
+    found = predict(
+        standing.scans,
+        model,
+        both_sides=both_sides,
+        part=standing.head.part,
+        spacing=standing.grid.spacing,
+    )
     if standing.grid is own:
         return found
     grid = standing.grid.part(found.box)

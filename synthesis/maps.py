@@ -170,6 +170,12 @@ class TrainingMap:
     shape: Shape | None = None
 
     @cached_property
+    def brain(self) -> int:
+        """Volume of the brain, mm3."""
+        counts = np.bincount(self.classes.ravel(), minlength=len(class_table()))
+        return int(counts[class_table().channel > 0].sum())
+
+    @cached_property
     def depth(self) -> np.ndarray:
         """Where white matter and cortex meet, and where they may (see `cortical_depth`)."""
         return cortical_depth(self.classes)

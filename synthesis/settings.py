@@ -65,6 +65,8 @@ class AnatomySettings(_Section):
     rotation_deg: float = _setting(20.0, 0, 180, 'largest rotation about each axis, degrees')
     scale_infant: tuple[float, float] = _setting((0.85, 1.2), 0.3, 3, 'size of an infant map')
     scale_adult: tuple[float, float] = _setting((0.6, 1.0), 0.3, 3, 'size of an adult map')
+    volume_probability: float = _chance(0.0, 'that the volume gives the size; set by training')
+    volume: tuple[float, float] = _setting((750, 1500), 10, 5000, 'of the brain then, mL')
     stretch: float = _setting(0.1, 0, 0.5, 'largest change of a single axis')
     shear: float = _setting(0.08, 0, 0.5, 'largest shear')
     translation: float = _setting(12.0, 0, 200, 'largest shift along each axis, mm')
@@ -81,8 +83,9 @@ class AnatomySettings(_Section):
     cortex: tuple[float, float] = _setting((-0.5, 1.2), -3, 3, 'by how much, mm')
 
     def of_one_child(self) -> 'AnatomySettings':
-        """The same for measuring on a map as it is: of no adult, not mixed, its cortex its own."""
-        return replace(self, adult_share=0.0, morph_probability=0.0, cortex_probability=0.0)
+        """The same for measuring on a map as it is: not mixed, with its own size and cortex."""
+        others = {'adult_share': 0.0, 'morph_probability': 0.0}
+        return replace(self, **others, volume_probability=0.0, cortex_probability=0.0)
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,8 @@ class TrainingPlan:
     average : decay of the exponential moving average of the weights
     wide : share of the steps whose voxels are `WIDE` times as wide, and whose scans show half as
         much again: the network also has to find the head at a glance (see `head`)
+    enlarged : share of the samples of the other steps whose brains have volumes around that which
+        `head.enlarged` gives them at inference (`AnatomySettings.volume`)
     """
 
     stages: tuple[Stage, ...]
@@ -98,6 +100,7 @@ class TrainingPlan:
     bfloat16: bool = False
     checkpointing: bool = False
     wide: float = 0.15
+    enlarged: float = 0.8
 
     def __post_init__(self) -> None:
         for stage in self.stages:
@@ -169,9 +172,18 @@ class SyntheticBatches(Dataset):
         scans = int(torch.multinomial(shares, 1, generator=generator))
         one_hot = tuple(float(i == scans) for i in range(len(shares)))
         size, spacing = stage.size, stage.spacing
+        enlarged = self.plan.enlarged
         if float(torch.rand((), generator=generator)) < self.plan.wide:
             size, spacing = self.plan.network.fitting([0.75 * n for n in size]), WIDE * spacing
-        settings = replace(self.plan.synthesis, size=size, spacing=spacing, group_shares=one_hot)
+            # Brains are enlarged once they were found.
+            enlarged = 0.0
+        settings = replace(
+            self.plan.synthesis,
+            size=size,
+            spacing=spacing,
+            anatomy=replace(self.plan.synthesis.anatomy, volume_probability=enlarged),
+            group_shares=one_hot,
+        )
         samples = [
             draw_sample(self.maps, seed=seed * 64 + i, settings=settings, table=self.table)
             for i in range(self.rank * stage.batch, (self.rank + 1) * stage.batch)
@@ -364,7 +376,9 @@ def validate(trainer: Trainer, maps: Sequence[TrainingMap], /) -> float:
     stage = plan.stages[plan.stage_at(max(0, trainer.step - 1))]
     settings = replace(
         plan.synthesis,
-        anatomy=plan.synthesis.anatomy.of_one_child(),
+        anatomy=replace(
+            plan.synthesis.anatomy.of_one_child(), volume_probability=float(plan.enlarged > 0)
+        ),
         size=stage.size,
         spacing=stage.spacing,
         group_shares=(1.0,),

@@ -14,7 +14,15 @@ from scipy.spatial.transform import Rotation
 from babyseg_bids.labels import label_table
 from babyseg_bids.network import Model, head, load_model, segment
 from babyseg_bids.network.grid import from_grid, onto_grid, reference_box, working_grid
-from babyseg_bids.network.head import Head, Turn, angle_of, put_upright, upright
+from babyseg_bids.network.head import (
+    Head,
+    Standing,
+    Turn,
+    angle_of,
+    enlarged,
+    put_upright,
+    upright,
+)
 from babyseg_bids.synthesis.atlas import layout, load_atlas
 from babyseg_bids.synthesis.finetune import drawn_brains
 from babyseg_bids.synthesis.generator import draw_sample
@@ -187,12 +195,12 @@ def stand(sides, monkeypatch, *found):
     return put_upright(prepare, grid, sides, device='cpu'), grids
 
 
-PART = (slice(0, 32),) * 3
+PART, NEAR = (slice(0, 32),) * 3, (slice(3, 28),) * 3
 ASKEW = Turn(rotation(0, 0, 25), np.zeros(3), (32, 32, 32))
 
 
 def seen(misfit, certainty, *, turn=None, brain=8e5):
-    return Head(PART, turn, misfit, brain, certainty)
+    return Head(PART, NEAR if brain else None, turn, misfit, brain, certainty)
 
 
 NOTHING = seen(1.0, 0.0, brain=0.0)
@@ -268,6 +276,48 @@ def test_in_an_unlikely_direction_the_score_has_to_be_good(
     again = [other] if direction else []
     standing, _ = stand(sides, monkeypatch, ahead, *looks, *again, NOTHING)
     assert standing.head is (other if taken else ahead)
+
+
+@pytest.mark.parametrize('codes', CODES)
+def test_a_finer_grid_covers_the_same_part_of_the_world(codes):
+    header = np.eye(4)
+    header[:3] = np.c_[rotation(5, -8, 12) @ np.diag([2.0, 1.5, 3.0]), [9, -5, 3]]
+    scan, affine = reorient(np.zeros((40, 44, 36)), header, codes)
+    box = [slice(0, n) for n in scan.shape]
+    grid = working_grid(affine, box, spacing=SPACING, multiple=8).part((slice(8, 40),) * 3)
+    finer = grid.finer(0.7, (48, 64, 56))
+    assert grid.spacing == 2 and finer.spacing == 1.4
+    middle, finer_middle = (
+        nib.affines.apply_affine(g.affine, (np.array(g.size) - 1) / 2) for g in (grid, finer)
+    )
+    np.testing.assert_allclose(finer_middle, middle, atol=1e-9)
+    np.testing.assert_allclose(finer.affine[:3, :3], 0.7 * grid.affine[:3, :3], atol=1e-12)
+    np.testing.assert_allclose(finer.affine @ finer.from_reference, affine, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ('brain', 'ratio'), [(0.0, 1), (1e4, 0.5), (3.92e5, 0.7), (8e5, 1), (1.4e6, 1)]
+)
+def test_a_small_brain_is_enlarged(sides, brain, ratio):
+    grid = working_grid(np.eye(4), [slice(0, 80)] * 3, spacing=SPACING, multiple=16)
+    given = Standing(torch.zeros(1, *grid.size), grid, seen(0.0, 0.8, brain=brain))
+    asked = []
+
+    def prepare(target):
+        asked.append(target)
+        return torch.ones(1, *target.size)
+
+    found = enlarged(given, prepare, sides)
+    if ratio == 1:
+        assert found is given and not asked
+        return
+    assert asked == [found.grid] and found.grid.spacing == pytest.approx(ratio * SPACING)
+    assert found.scans.all() and found.head.part == tuple(slice(0, n) for n in found.grid.size)
+    # What is near the brain, and no more than the network's multiples add.
+    covered = np.array(found.grid.size) * ratio
+    assert (covered >= 25).all() and (covered < 25 + 16 * ratio).all()
+    middle = found.grid.affine @ [*(np.array(found.grid.size) - 1) / 2, 1]
+    np.testing.assert_allclose(middle, grid.affine @ [15, 15, 15, 1], atol=1e-9)
 
 
 @pytest.fixture(scope='module')

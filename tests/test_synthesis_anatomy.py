@@ -103,6 +103,15 @@ def test_scales_are_sizes_of_the_output():
     assert areas[1] / areas[0] == pytest.approx(1.5**2, rel=0.03)
 
 
+def test_a_brain_has_the_volume_that_is_asked():
+    child = phantom(dim=3)
+    settings = quiet(SETTINGS_3D, anatomy__volume_probability=1.0, anatomy__volume=(60.0, 60.0))
+    settings = replace(settings, size=(40, 40, 40), spacing=2.0)
+    found = draw([child], settings)
+    assert child.brain == np.count_nonzero(child.classes)
+    assert int((found.classes > 0).sum()) * 8 == pytest.approx(60_000, rel=0.02)
+
+
 def test_distances_are_millimetres_of_the_output():
     settings = quiet(
         replace(SETTINGS_2D, size=(120, 120), spacing=1.0), anatomy__scale_infant=(1.5, 1.5)

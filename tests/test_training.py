@@ -144,6 +144,21 @@ def test_a_share_of_the_steps_sees_more_in_wider_voxels():
     assert 4 < (close > 0).sum() / (far > 0).sum() < 16
 
 
+def test_brains_get_the_volume_that_they_have_at_inference_but_in_wide_voxels():
+    source = phantom(3)
+    half = source.brain / 2000
+    anatomy = replace(PLAN.synthesis.anatomy, volume=(half, half))
+    plan = replace(PLAN, synthesis=replace(PLAN.synthesis, anatomy=anatomy))
+    means = []
+    for enlarged, wide in ((0.0, 0.0), (1.0, 0.0), (1.0, 1.0)):
+        batches = SyntheticBatches([source], replace(plan, enlarged=enlarged, wide=wide), 0, 8)
+        spacing = PLAN.stages[0].spacing * (1 + wide)
+        means.append(np.mean([int((batches[i][1] > 0).sum()) for i in range(8)]) * spacing**3)
+    # Otherwise the phantom is drawn 0.85 to 1.2 times as large as it is.
+    as_it_is, at_inference, wider = np.array(means) / source.brain
+    assert at_inference < 0.8 and as_it_is > 1.2 and wider > 1.2
+
+
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path):
     maps = [phantom(3)]
     torch.use_deterministic_algorithms(True)

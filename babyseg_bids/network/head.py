@@ -1,6 +1,7 @@
 """Where the head is in a volume and how it stands there: a first look, in wide voxels."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -60,6 +61,10 @@ _TRIED = 2
 _TURNS = 3
 # Border around the brain of the volume in which it stands upright, mm.
 _BORDER = 32.0
+# A brain of less than this, mm3, is looked at closely in voxels that are narrower by the square
+# root of its share of that, down to this share of their width. That makes it larger than the
+# others (with the cube root it would be as large), since the gyri of newborns are thin.
+_SMALL, _NARROWEST = 800_000.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,9 @@ class Head:
 
     Parameters
     ----------
-    part : of the volume that holds the brain; all of it if there is none
+    part : of the volume that holds the brain, as large as the network asks for; all of it if
+        there is none
+    near : tighter, the brain and what is around it; None if there is none
     turn : None for a head that stands upright, or of which too little is seen to tell
     misfit : how far its structures lie from where those of an average upright head are, 0..1;
         1 if too few are seen
@@ -93,6 +100,7 @@ class Head:
     """
 
     part: Box
+    near: Box | None
     turn: Turn | None
     misfit: float
     brain: float
@@ -211,6 +219,21 @@ def _erected(
     return best
 
 
+def enlarged(
+    standing: Standing, prepare: Callable[[WorkingGrid], Tensor], model: Model, /
+) -> Standing:
+    """The part with the brain, on a finer grid if the brain is small; `prepare` as above."""
+    near, ratio = standing.head.near, round(math.sqrt(standing.head.brain / _SMALL), 2)
+    if near is None or ratio >= 1:
+        return standing
+    ratio = max(ratio, _NARROWEST)
+    network: GroupUNet = model.network  # type: ignore[assignment]
+    size = network.config.fitting([(s.stop - s.start) / ratio for s in near])
+    grid = standing.grid.part(near).finer(ratio, size)
+    whole = tuple(slice(0, n) for n in size)
+    return Standing(prepare(grid), grid, replace(standing.head, part=whole))  # type: ignore[arg-type]
+
+
 def find_head(scans: Tensor, model: Model, /, *, device: str = 'cpu') -> Head:
     """Find the head in prepared scans (G, *size) in 0..1, in axes nearest to RAS.
 
@@ -245,7 +268,8 @@ def _find(scan: Tensor, model: Model, device: str, room: float) -> Head:
     inside = background < 0.5
     brain = float(inside.count_nonzero()) * (factor * model.spacing) ** 3
     certainty = float(likely[1:].amax(0)[inside].mean()) if brain else 0.0
-    part = _part_with_brain(background, scan.shape[1:], factor, network)
+    near = _near(background, scan.shape[1:], factor)
+    part = _fitted(near, scan.shape[1:], network)
     rotation, misfit = upright(
         likely.masked_fill_(gone, 0).cpu().numpy(), model.labels, factor * model.spacing
     )
@@ -253,7 +277,7 @@ def _find(scan: Tensor, model: Model, device: str, room: float) -> Head:
     if brain and misfit < _MISFIT and angle_of(rotation) > _UPRIGHT:
         where = factor * (inside.nonzero().double().cpu().numpy() + 0.5) - 0.5
         turn = _turn(rotation, where, factor, model)
-    return Head(part, turn, misfit, brain, certainty)
+    return Head(part, near, turn, misfit, brain, certainty)
 
 
 def _turn(rotation: np.ndarray, inside: np.ndarray, factor: int, model: Model) -> Turn:
@@ -321,10 +345,8 @@ def upright(
     return (u * proper) @ vt, float(misfit)
 
 
-def _part_with_brain(
-    background: Tensor, size: Sequence[int], factor: int, network: GroupUNet
-) -> Box:
-    """The part of a volume that is looked at closely; all of it without a brain.
+def _near(background: Tensor, size: Sequence[int], factor: int) -> Box | None:
+    """The part of a volume that holds the brain and a border; None without a brain.
 
     Parameters
     ----------
@@ -333,14 +355,21 @@ def _part_with_brain(
     """
     near = box_around(near_brain(background))
     if near is None:
+        return None
+    inside = zip(scaled(near, factor), size, strict=True)
+    return tuple(  # type: ignore[return-value]
+        slice(max(0, s.start - _AROUND), min(n, s.stop + _AROUND)) for s, n in inside
+    )
+
+
+def _fitted(near: Box | None, size: Sequence[int], network: GroupUNet) -> Box:
+    """A part of a volume made as large as the network asks for; the whole volume for None."""
+    if near is None:
         return tuple(slice(0, n) for n in size)  # type: ignore[return-value]
-    inside = scaled(near, factor)
-    low = [max(0, s.start - _AROUND) for s in inside]
-    high = [min(n, s.stop + _AROUND) for s, n in zip(inside, size, strict=True)]
-    widths = network.config.fitting([b - a for a, b in zip(low, high, strict=True)])
+    widths = network.config.fitting([s.stop - s.start for s in near])
     part = []
-    for a, b, width, n in zip(low, high, widths, size, strict=True):
+    for s, width, n in zip(near, widths, size, strict=True):
         length = min(n, width)
-        start = min(max(0, (a + b - length) // 2), n - length)
+        start = min(max(0, (s.start + s.stop - length) // 2), n - length)
         part.append(slice(start, start + length))
     return tuple(part)  # type: ignore[return-value]

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from babyseg_bids.network.grid import (
     reference_box,
     working_grid,
 )
-from babyseg_bids.network.head import angle_of, put_upright
+from babyseg_bids.network.head import angle_of, enlarged, put_upright
 from babyseg_bids.network.intensity import normalise
 from babyseg_bids.network.looks import exact
 from babyseg_bids.network.official import conform
@@ -124,13 +125,22 @@ def _segment(
         else:
             small = [averaged(x, a, model.spacing) for x, a in scans]
             grid = _grid(affine, small[0], model)
-            standing = put_upright(lambda g: _on(g, small, device), grid, model, device=device)
+            prepare = partial(_on, scans=small, device=device)
+            standing = put_upright(prepare, grid, model, device=device)
+            standing = enlarged(standing, prepare, model)
             if len(scans) > 1:
                 give_back_freed_memory()
             turn = np.linalg.inv(grid.affine[:3, :3]) @ standing.grid.affine[:3, :3]
+            turn *= model.spacing / standing.grid.spacing
             turned = bool(turn[1, 1] < -0.5 and turn[2, 2] > 0.5)
             degrees = angle_of(turn)
-            result = predict(standing.scans, model, device=device, part=standing.head.part)
+            result = predict(
+                standing.scans,
+                model,
+                device=device,
+                part=standing.head.part,
+                spacing=standing.grid.spacing,
+            )
             posteriors, grid = result.posteriors, standing.grid.part(result.box)
         labels, uncertainty, probabilities, volumes, confidence = _to_reference(
             posteriors, grid, image.shape, affine, model, keep

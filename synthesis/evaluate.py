@@ -97,13 +97,8 @@ def segment_sample(images: Tensor, model: Model, /, *, both_sides: bool = True) 
         return torch.stack([normalise(onto_grid(x, affine, grid)) for x in images])
 
     standing = enlarged(put_upright(on, own, model, device='cpu'), on, model)
-    found = predict(
-        standing.scans,
-        model,
-        both_sides=both_sides,
-        part=standing.head.part,
-        spacing=standing.grid.spacing,
-    )
+    finer = replace(model, spacing=standing.grid.spacing)
+    found = predict(standing.scans, finer, both_sides=both_sides, part=standing.head.part)
     if standing.grid is own:
         return found
     grid = standing.grid.part(found.box)

@@ -1,7 +1,6 @@
 """Where the head is in a volume and how it stands there: a first look, in wide voxels."""
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -61,10 +60,10 @@ _TRIED = 2
 _TURNS = 3
 # Border around the brain of the volume in which it stands upright, mm.
 _BORDER = 32.0
-# A brain of less than this, mm3, is looked at closely in voxels that are narrower by the square
-# root of its share of that, down to this share of their width. That makes it larger than the
-# others (with the cube root it would be as large), since the gyri of newborns are thin.
-_SMALL, _NARROWEST = 800_000.0, 0.5
+# A brain of less than this, mm3, is looked at closely in voxels that are narrower by its share of
+# that to this power, down to so much of their width. A third would make all of them as large; with
+# a half the outline of a brain of 1 month came to lie too far inside.
+_SMALL, _POWER, _NARROWEST = 800_000.0, 0.4, 0.5
 
 
 @dataclass(frozen=True)
@@ -223,7 +222,7 @@ def enlarged(
     standing: Standing, prepare: Callable[[WorkingGrid], Tensor], model: Model, /
 ) -> Standing:
     """The part with the brain, on a finer grid if the brain is small; `prepare` as above."""
-    near, ratio = standing.head.near, round(math.sqrt(standing.head.brain / _SMALL), 2)
+    near, ratio = standing.head.near, round((standing.head.brain / _SMALL) ** _POWER, 2)
     if near is None or ratio >= 1:
         return standing
     ratio = max(ratio, _NARROWEST)

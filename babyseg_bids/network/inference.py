@@ -4,8 +4,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -125,7 +124,10 @@ def _segment(
         else:
             small = [averaged(x, a, model.spacing) for x, a in scans]
             grid = _grid(affine, small[0], model)
-            prepare = partial(_on, scans=small, device=device)
+
+            def prepare(target: WorkingGrid) -> Tensor:
+                return _on(target, small, device)
+
             standing = put_upright(prepare, grid, model, device=device)
             standing = enlarged(standing, prepare, model)
             if len(scans) > 1:
@@ -134,13 +136,8 @@ def _segment(
             turn *= model.spacing / standing.grid.spacing
             turned = bool(turn[1, 1] < -0.5 and turn[2, 2] > 0.5)
             degrees = angle_of(turn)
-            result = predict(
-                standing.scans,
-                model,
-                device=device,
-                part=standing.head.part,
-                spacing=standing.grid.spacing,
-            )
+            finer = replace(model, spacing=standing.grid.spacing)
+            result = predict(standing.scans, finer, device=device, part=standing.head.part)
             posteriors, grid = result.posteriors, standing.grid.part(result.box)
         labels, uncertainty, probabilities, volumes, confidence = _to_reference(
             posteriors, grid, image.shape, affine, model, keep

@@ -60,7 +60,6 @@ def predict(
     device: str = 'cpu',
     both_sides: bool = True,
     part: Box | None = None,
-    spacing: float | None = None,
 ) -> Prediction:
     """Posteriors of prepared scans (G, *size) in 0..1, in axes nearest to RAS.
 
@@ -69,7 +68,6 @@ def predict(
     both_sides : average with the result of the mirrored scans, whose labels change sides. It
         costs a second pass, and takes away the network's own preference for a side.
     part : that holds the brain and is looked at closely (see `head.find_head`); found if None
-    spacing : of the voxels, mm; the model's if None
 
     Where memory is short the U-Net runs on overlapping blocks with blended borders; when a GPU's
     turns out to be too small, smaller blocks are tried.
@@ -80,21 +78,12 @@ def predict(
         If they are too large as well.
     """
     part = part or find_head(scans, model, device=device).part
-    spacing = spacing or model.spacing
-    return in_room(
-        device, lambda room: _predict(scans, part, model, device, room, both_sides, spacing)
-    )
+    return in_room(device, lambda room: _predict(scans, part, model, device, room, both_sides))
 
 
 @torch.inference_mode()
 def _predict(
-    scans: Tensor,
-    part: Box,
-    model: Model,
-    device: str,
-    room: float,
-    both_sides: bool,
-    spacing: float,
+    scans: Tensor, part: Box, model: Model, device: str, room: float, both_sides: bool
 ) -> Prediction:
     """`predict` on one device with so many GiB of memory."""
     model.network.to(device, memory_format=torch.channels_last_3d)
@@ -106,18 +95,18 @@ def _predict(
         if both_sides:
             looks.append(look(scans, model, limit, mirrored=True))
         background = background_of(mean_logits(looks), model)
-        background[islands(background < 0.5, spacing=patch * spacing)] = 1
+        background[islands(background < 0.5, spacing=patch * model.spacing)] = 1
         near = near_brain(background)
         box = box_around(near) or _NOWHERE
         posteriors = _in_full(looks, near, box, model)
         labelled = posteriors[0] < posteriors[1:].amax(0)
-        gone = islands(labelled, spacing=spacing)
+        gone = islands(labelled, spacing=model.spacing)
         posteriors[:, gone] = 0
         posteriors[0, gone] = 1
         box = scaled(box, patch)
     # In full precision, since variances are small differences.
-    redistribute(posteriors, scans[(slice(None), *box)], model.labels, spacing=spacing)
-    without_specks(posteriors, model.labels, spacing=spacing)
+    redistribute(posteriors, scans[(slice(None), *box)], model.labels, spacing=model.spacing)
+    without_specks(posteriors, model.labels, spacing=model.spacing)
     return Prediction(posteriors, shifted(box, part))
 
 

@@ -172,8 +172,9 @@ class TrainingMap:
     @cached_property
     def brain(self) -> int:
         """Volume of the brain, mm3."""
-        counts = np.bincount(self.classes.ravel(), minlength=len(class_table()))
-        return int(counts[class_table().channel > 0].sum())
+        table = class_table()
+        counts = np.bincount(self.classes.ravel(), minlength=len(table))
+        return int(counts[table.channel > 0].sum())
 
     @cached_property
     def depth(self) -> np.ndarray:

@@ -84,8 +84,13 @@ class AnatomySettings(_Section):
 
     def of_one_child(self) -> 'AnatomySettings':
         """The same for measuring on a map as it is: not mixed, with its own size and cortex."""
-        others = {'adult_share': 0.0, 'morph_probability': 0.0}
-        return replace(self, **others, volume_probability=0.0, cortex_probability=0.0)
+        return replace(
+            self,
+            adult_share=0.0,
+            morph_probability=0.0,
+            volume_probability=0.0,
+            cortex_probability=0.0,
+        )
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,14 @@ from babyseg_bids.labels import label_table
 
 
 def fit_affine(source: np.ndarray, target: np.ndarray, /) -> np.ndarray:
-    """Affine (4, 4) that brings points (N, 3) nearest to others in the least-squares sense."""
-    homogeneous = np.c_[source, np.ones(len(source))]
+    """Affine (4, 4) that brings points (N, 3) nearest to others in the least-squares sense.
+
+    Pairs of which a point is not a number, structures that a brain lacks, do not count.
+    """
+    known = np.isfinite(source).all(1) & np.isfinite(target).all(1)
+    homogeneous = np.c_[source, np.ones(len(source))][known]
     matrix = np.eye(4)
-    matrix[:3] = np.linalg.lstsq(homogeneous, target, rcond=None)[0].T
+    matrix[:3] = np.linalg.lstsq(homogeneous, target[known], rcond=None)[0].T
     return matrix
 
 
@@ -20,13 +24,16 @@ def log_scale(matrix: np.ndarray, /) -> np.ndarray:
 
 
 def mean_centroids(centroids: np.ndarray, /, *, iterations: int = 20) -> np.ndarray:
-    """Symmetric mean (S, 3) of configurations (N, S, 3) up to affine maps, of their mean size."""
+    """Symmetric mean (S, 3) of configurations (N, S, 3) up to affine maps, of their mean size.
+
+    A structure that a brain lacks is not a number there; one of the brains has to have it.
+    """
     mirror = label_table().mirror_channels[1:] - 1
-    reference = centroids.mean(0) - centroids.mean((0, 1))
+    reference = np.nanmean(centroids, 0) - np.nanmean(centroids, (0, 1))
     for _ in range(iterations):
         reference = (reference + reference[mirror] * (-1, 1, 1)) / 2
         moved = [transform(fit_affine(c, reference), c.T).T for c in centroids]
-        reference = np.mean(moved, 0)
+        reference = np.nanmean(moved, 0)
     reference = (reference + reference[mirror] * (-1, 1, 1)) / 2
     sizes = [log_scale(fit_affine(reference, c)).mean() for c in centroids]
     return (reference - reference.mean(0) * (0, 1, 1)) * np.exp(np.mean(sizes))

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from babyseg_bids.labels import label_table
 from babyseg_bids.network.grid import WorkingGrid, from_grid, onto_grid, reference_box
-from babyseg_bids.network.head import enlarged, put_upright
 from babyseg_bids.network.intensity import normalise
-from babyseg_bids.network.prediction import Prediction, predict
+from babyseg_bids.network.prediction import Prediction, predict_upright
 from babyseg_bids.network.weights import Model
 from babyseg_bids.synthesis.generator import draw_sample
 from babyseg_bids.synthesis.losses import hard_dice
@@ -96,12 +95,10 @@ def segment_sample(images: Tensor, model: Model, /, *, both_sides: bool = True) 
             return images
         return torch.stack([normalise(onto_grid(x, affine, grid)) for x in images])
 
-    standing = enlarged(put_upright(on, own, model, device='cpu'), on, model)
-    finer = replace(model, spacing=standing.grid.spacing)
-    found = predict(standing.scans, finer, both_sides=both_sides, part=standing.head.part)
-    if standing.grid is own:
+    found, upright = predict_upright(on, own, model, both_sides=both_sides)
+    if upright is own:
         return found
-    grid = standing.grid.part(found.box)
+    grid = upright.part(found.box)
     box = reference_box([slice(0, n) for n in grid.size], grid, size)
     return Prediction(torch.stack([from_grid(p, grid, box) for p in found.posteriors]), box)
 

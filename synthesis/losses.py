@@ -23,7 +23,8 @@ class _DiceCrossEntropy(torch.autograd.Function):
         overlap = torch.bincount(target, p_true.double(), classes).float()
         count = torch.bincount(target, minlength=classes)
         present = (count > 0).float()
-        size = p.sum(0) + count + SMOOTH
+        # Several times faster than `p.sum(0)`, whose rows are short.
+        size = p.new_ones(len(p)) @ p + count + SMOOTH
         dice = (2 * overlap + SMOOTH) / size
         share = dice_weight * present / present.sum()
         # d loss / d p[v, c] = a[c] + b[c] * (target[v] == c) for the Dice part.

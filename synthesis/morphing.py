@@ -146,9 +146,11 @@ def overlap(a: Tensor, b: Tensor, /) -> float:
 
 
 def _centroids(m: TrainingMap, table: ClassTable) -> np.ndarray:
+    """Centroids (S, 3) of the structures; not a number where the map has none."""
     channels = table.channel[m.classes]
     present = np.arange(1, len(label_table()))
-    return np.array(ndimage.center_of_mass(channels > 0, channels, present))
+    with np.errstate(invalid='ignore'):
+        return np.array(ndimage.center_of_mass(channels > 0, channels, present))
 
 
 def _extent(

@@ -10,7 +10,12 @@ from scipy import ndimage
 from babyseg_bids.errors import InputError
 from babyseg_bids.labels import label_table
 from babyseg_bids.synthesis import atlas as atlas_module
-from babyseg_bids.synthesis.affine import fit_affine, log_scale, mean_centroids
+from babyseg_bids.synthesis.affine import (
+    fit_affine,
+    log_scale,
+    mean_centroids,
+    transform,
+)
 from babyseg_bids.synthesis.atlas import Atlas, load_atlas, main, sample_label_map
 from babyseg_bids.synthesis.atlas_build import MIN_CHILDREN, age_weights, build, local_line
 
@@ -133,6 +138,21 @@ def test_mean_centroids_are_symmetric_and_of_the_geometric_mean_size() -> None:
     np.testing.assert_allclose(mean, mean[mirror] * (-1, 1, 1), atol=1e-9)
     ratio = np.linalg.norm(mean[:, 0]) / np.linalg.norm(base[:, 0])
     assert ratio == pytest.approx(1, abs=1e-6)
+
+
+def test_mean_centroids_of_brains_of_which_one_lacks_a_structure_are_those_of_the_whole() -> None:
+    mirror = label_table().mirror_channels[1:] - 1
+    rng = np.random.default_rng(4)
+    base = rng.standard_normal((len(mirror), 3))
+    base = (base + base[mirror] * (-1, 1, 1)) / 2
+    brains = np.array([0.8 * base + 5, 1.25 * base - 3])
+    lacking = brains.copy()
+    lacking[0, 3] = np.nan
+    # The brain that has the structure says where it is; the mean is defined up to affine maps.
+    mean, whole = mean_centroids(lacking), mean_centroids(brains)
+    np.testing.assert_allclose(transform(fit_affine(mean, whole), mean.T).T, whole, atol=1e-6)
+    own, known = fit_affine(lacking[0], base), fit_affine(brains[0], base)
+    np.testing.assert_allclose(own, known, atol=1e-12)
 
 
 def test_a_line_in_log_age_is_read_exactly_whatever_the_weights() -> None:

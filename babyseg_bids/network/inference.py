@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,13 +22,13 @@ from babyseg_bids.network.grid import (
     reference_box,
     working_grid,
 )
-from babyseg_bids.network.head import angle_of, enlarged, put_upright
+from babyseg_bids.network.head import angle_of
 from babyseg_bids.network.intensity import normalise
 from babyseg_bids.network.looks import exact
 from babyseg_bids.network.official import conform
-from babyseg_bids.network.prediction import predict
+from babyseg_bids.network.prediction import predict_upright
 from babyseg_bids.network.weights import Model
-from babyseg_bids.resources import freed_memory_kept, give_back_freed_memory
+from babyseg_bids.resources import freed_memory_kept
 
 _LOG = logging.getLogger(__name__)
 
@@ -128,17 +128,12 @@ def _segment(
             def prepare(target: WorkingGrid) -> Tensor:
                 return _on(target, small, device)
 
-            standing = put_upright(prepare, grid, model, device=device)
-            standing = enlarged(standing, prepare, model)
-            if len(scans) > 1:
-                give_back_freed_memory()
-            turn = np.linalg.inv(grid.affine[:3, :3]) @ standing.grid.affine[:3, :3]
-            turn *= model.spacing / standing.grid.spacing
+            found, upright = predict_upright(prepare, grid, model, device=device)
+            turn = np.linalg.inv(grid.affine[:3, :3]) @ upright.affine[:3, :3]
+            turn *= grid.spacing / upright.spacing
             turned = bool(turn[1, 1] < -0.5 and turn[2, 2] > 0.5)
             degrees = angle_of(turn)
-            finer = replace(model, spacing=standing.grid.spacing)
-            result = predict(standing.scans, finer, device=device, part=standing.head.part)
-            posteriors, grid = result.posteriors, standing.grid.part(result.box)
+            posteriors, grid = found.posteriors, upright.part(found.box)
         labels, uncertainty, probabilities, volumes, confidence = _to_reference(
             posteriors, grid, image.shape, affine, model, keep
         )

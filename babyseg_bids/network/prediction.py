@@ -1,14 +1,15 @@
 """From prepared scans to posteriors on the working grid: tensors in, tensors out."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from babyseg_bids.network.boxes import Box, box_around, covering, scaled, shifted, within
-from babyseg_bids.network.head import find_head
+from babyseg_bids.network.grid import WorkingGrid
+from babyseg_bids.network.head import enlarged, find_head, put_upright
 from babyseg_bids.network.layers import from_patches
 from babyseg_bids.network.looks import (
     Look,
@@ -79,6 +80,37 @@ def predict(
     """
     part = part or find_head(scans, model, device=device).part
     return in_room(device, lambda room: _predict(scans, part, model, device, room, both_sides))
+
+
+def predict_upright(
+    prepare: Callable[[WorkingGrid], Tensor],
+    grid: WorkingGrid,
+    model: Model,
+    /,
+    *,
+    device: str = 'cpu',
+    both_sides: bool = True,
+) -> tuple[Prediction, WorkingGrid]:
+    """Find the head, put it upright, enlarge a small brain, and `predict` it.
+
+    Parameters
+    ----------
+    prepare, grid : see `head.put_upright`
+
+    Returns
+    -------
+    posteriors, and the grid of the upright head whose part `box` they cover
+    """
+    standing = put_upright(prepare, grid, model, device=device)
+    standing = enlarged(standing, prepare, model)
+    found = predict(
+        standing.scans,
+        replace(model, spacing=standing.grid.spacing),
+        device=device,
+        both_sides=both_sides,
+        part=standing.head.part,
+    )
+    return found, standing.grid
 
 
 @torch.inference_mode()

@@ -296,7 +296,7 @@ def test_a_finer_grid_covers_the_same_part_of_the_world(codes):
 
 
 @pytest.mark.parametrize(
-    ('brain', 'ratio'), [(0.0, 1), (1e4, 0.5), (3.28e5, 0.7), (7.2e5, 1), (1.4e6, 1)]
+    ('brain', 'ratio'), [(0.0, 1), (1e4, 0.5), (3.28e5, 0.7), (6.9e5, 0.94), (7e5, 1), (1.4e6, 1)]
 )
 def test_a_small_brain_is_enlarged(sides, brain, ratio):
     grid = working_grid(np.eye(4), [slice(0, 80)] * 3, spacing=SPACING, multiple=16)

@@ -62,8 +62,8 @@ _TURNS = 3
 _BORDER = 32.0
 # A brain of less than this, mm3, is looked at closely in voxels that are narrower by its share of
 # that to this power, down to so much of their width. A third would make all of them as large; with
-# a half the outline of a brain of 1 month came to lie too far inside. What narrows them by less
-# than the last is not worth that scans are interpolated and larger volumes looked at.
+# a half the outline of a brain of 1 month came to lie too far inside. Where they would still have
+# the last of their width, it is not worth the interpolation and the larger volume.
 _SMALL, _POWER, _NARROWEST, _WORTH = 800_000.0, 0.4, 0.5, 0.95
 
 
@@ -224,7 +224,7 @@ def enlarged(
 ) -> Standing:
     """The part with the brain, on a finer grid if the brain is small; `prepare` as above."""
     near, ratio = standing.head.near, round((standing.head.brain / _SMALL) ** _POWER, 2)
-    if near is None or ratio > _WORTH:
+    if near is None or ratio >= _WORTH:
         return standing
     ratio = max(ratio, _NARROWEST)
     network: GroupUNet = model.network  # type: ignore[assignment]

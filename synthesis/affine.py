@@ -26,7 +26,8 @@ def log_scale(matrix: np.ndarray, /) -> np.ndarray:
 def mean_centroids(centroids: np.ndarray, /, *, iterations: int = 20) -> np.ndarray:
     """Symmetric mean (S, 3) of configurations (N, S, 3) up to affine maps, of their mean size.
 
-    A structure that a brain lacks is not a number there; one of the brains has to have it.
+    A structure that a brain lacks is not a number there. One that all lack on either side is none
+    in the mean.
     """
     mirror = label_table().mirror_channels[1:] - 1
     reference = np.nanmean(centroids, 0) - np.nanmean(centroids, (0, 1))
@@ -36,7 +37,7 @@ def mean_centroids(centroids: np.ndarray, /, *, iterations: int = 20) -> np.ndar
         reference = np.nanmean(moved, 0)
     reference = (reference + reference[mirror] * (-1, 1, 1)) / 2
     sizes = [log_scale(fit_affine(reference, c)).mean() for c in centroids]
-    return (reference - reference.mean(0) * (0, 1, 1)) * np.exp(np.mean(sizes))
+    return (reference - np.nanmean(reference, 0) * (0, 1, 1)) * np.exp(np.mean(sizes))
 
 
 def transform(matrix: np.ndarray, points: np.ndarray, /) -> np.ndarray:

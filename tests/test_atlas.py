@@ -155,6 +155,22 @@ def test_mean_centroids_of_brains_of_which_one_lacks_a_structure_are_those_of_th
     np.testing.assert_allclose(own, known, atol=1e-12)
 
 
+@pytest.mark.filterwarnings('ignore:Mean of empty slice')
+def test_a_structure_that_all_brains_lack_is_none_in_the_mean_and_changes_no_other() -> None:
+    mirror = label_table().mirror_channels[1:] - 1
+    rng = np.random.default_rng(5)
+    base = rng.standard_normal((len(mirror), 3))
+    base = (base + base[mirror] * (-1, 1, 1)) / 2
+    brains = np.array([0.8 * base + 5, 1.25 * base - 3])
+    brains[:, 3] = np.nan
+    mean = mean_centroids(brains)
+    absent = np.zeros(len(mirror), bool)
+    absent[[3, mirror[3]]] = True
+    assert np.array_equal(np.isnan(mean).any(1), absent)
+    fitted = transform(fit_affine(mean, base), mean[~absent].T).T
+    np.testing.assert_allclose(fitted, base[~absent], atol=1e-6)
+
+
 def test_a_line_in_log_age_is_read_exactly_whatever_the_weights() -> None:
     ages = np.array([1, 2, 4, 8.0])
     values = np.c_[np.log2(ages), 3 - np.log2(ages)]

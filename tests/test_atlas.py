@@ -129,11 +129,15 @@ def test_fit_affine_recovers_a_known_affine() -> None:
     np.testing.assert_allclose(fit_affine(source, target), matrix, atol=1e-12)
 
 
-def test_mean_centroids_are_symmetric_and_of_the_geometric_mean_size() -> None:
+def symmetric_centroids() -> np.ndarray:
+    """Positions (S, 3) of structures, those of the right mirroring those of the left."""
     mirror = label_table().mirror_channels[1:] - 1
-    rng = np.random.default_rng(4)
-    base = rng.standard_normal((len(mirror), 3))
-    base = (base + base[mirror] * (-1, 1, 1)) / 2
+    base = np.random.default_rng(4).standard_normal((len(mirror), 3))
+    return (base + base[mirror] * (-1, 1, 1)) / 2
+
+
+def test_mean_centroids_are_symmetric_and_of_the_geometric_mean_size() -> None:
+    base, mirror = symmetric_centroids(), label_table().mirror_channels[1:] - 1
     mean = mean_centroids(np.array([0.8 * base + 5, 1.25 * base - 3]))
     np.testing.assert_allclose(mean, mean[mirror] * (-1, 1, 1), atol=1e-9)
     ratio = np.linalg.norm(mean[:, 0]) / np.linalg.norm(base[:, 0])
@@ -141,10 +145,7 @@ def test_mean_centroids_are_symmetric_and_of_the_geometric_mean_size() -> None:
 
 
 def test_mean_centroids_of_brains_of_which_one_lacks_a_structure_are_those_of_the_whole() -> None:
-    mirror = label_table().mirror_channels[1:] - 1
-    rng = np.random.default_rng(4)
-    base = rng.standard_normal((len(mirror), 3))
-    base = (base + base[mirror] * (-1, 1, 1)) / 2
+    base = symmetric_centroids()
     brains = np.array([0.8 * base + 5, 1.25 * base - 3])
     lacking = brains.copy()
     lacking[0, 3] = np.nan
@@ -157,10 +158,7 @@ def test_mean_centroids_of_brains_of_which_one_lacks_a_structure_are_those_of_th
 
 @pytest.mark.filterwarnings('ignore:Mean of empty slice')
 def test_a_structure_that_all_brains_lack_is_none_in_the_mean_and_changes_no_other() -> None:
-    mirror = label_table().mirror_channels[1:] - 1
-    rng = np.random.default_rng(5)
-    base = rng.standard_normal((len(mirror), 3))
-    base = (base + base[mirror] * (-1, 1, 1)) / 2
+    base, mirror = symmetric_centroids(), label_table().mirror_channels[1:] - 1
     brains = np.array([0.8 * base + 5, 1.25 * base - 3])
     brains[:, 3] = np.nan
     mean = mean_centroids(brains)

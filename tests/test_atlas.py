@@ -156,7 +156,7 @@ def test_mean_centroids_of_brains_of_which_one_lacks_a_structure_are_those_of_th
     np.testing.assert_allclose(own, known, atol=1e-12)
 
 
-@pytest.mark.filterwarnings('ignore:Mean of empty slice')
+@pytest.mark.filterwarnings('error')
 def test_a_structure_that_all_brains_lack_is_none_in_the_mean_and_changes_no_other() -> None:
     base, mirror = symmetric_centroids(), label_table().mirror_channels[1:] - 1
     brains = np.array([0.8 * base + 5, 1.25 * base - 3])

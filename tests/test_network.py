@@ -39,14 +39,18 @@ def small(dim=2, **kwargs):
     return GroupUNet(config).eval()
 
 
+@pytest.mark.parametrize('learning', [True, False])
+@pytest.mark.parametrize('scans', [1, 2, 3, 4])
 @pytest.mark.parametrize('dim', [1, 2, 3])
-def test_group_convolution_follows_its_definition(dim):
+def test_group_convolution_follows_its_definition(dim, scans, learning):
     layer = GroupConv(dim, 3, 5)
-    x = torch.randn(2, 3, 3, *[7] * dim)
+    x = torch.randn(2, scans, 3, *[7] * dim)
     mean = layer.conv_m(x.mean(1))
-    for g in range(3):
-        expected = (layer.conv_b(x[:, g]) + mean) / 2
-        torch.testing.assert_close(layer(x)[:, g], expected)
+    expected = torch.stack([(layer.conv_b(scan) + mean) / 2 for scan in x.unbind(1)], 1)
+    given = x.clone()
+    with torch.set_grad_enabled(learning):
+        torch.testing.assert_close(layer(x), expected, atol=1e-6, rtol=1e-5)
+    assert torch.equal(x, given)
 
 
 def test_one_scan_is_treated_as_two_copies_of_it():
@@ -250,7 +254,7 @@ def test_the_official_network_in_blocks_equals_the_whole(dim, block, add, monkey
     network = official_network(config, weights)
     x = torch.rand(2, 3, *[24] * dim)
     whole = network(x)
-    monkeypatch.setattr('babyseg_bids.network.unet._BLOCK', block)
+    monkeypatch.setattr('babyseg_bids.network.layers._BLOCK', block)
     with torch.no_grad():
         torch.testing.assert_close(network(x), whole)
 

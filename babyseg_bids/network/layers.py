@@ -4,6 +4,8 @@ B is the batch, G the number of scans of one child, C the channels and `size` on
 dimensions. Every layer is equivariant to a permutation of the scans and defined for one scan.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_MODULE: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+# What is up-sampled before a convolution is treated in blocks of so many voxels along each axis.
+_BLOCK = 10
 _LINEAR = {1: 'linear', 2: 'bilinear', 3: 'trilinear'}
 
 
@@ -31,7 +35,10 @@ class GroupConv(nn.Module):
 
     `out_g = (conv_b(x_g) + conv_m(mean over g of x)) / 2`, with 'same' padding. The convolution of
     the mean runs once for the group. With one scan both see the same input, so one convolution
-    with the averaged weights gives the same result at half the cost.
+    with the averaged weights gives the same result at half the cost. With several, `conv_b(x_g)`
+    is that of the mean, which the same averaged weights take care of, and that of the difference
+    from it; the differences add up to zero, so that the last one's follows from the others'. That
+    makes one convolution a scan.
 
     Parameters
     ----------
@@ -46,21 +53,48 @@ class GroupConv(nn.Module):
         self.conv_b = conv(inputs, outputs, kernel, padding=kernel // 2)
         self.conv_m = conv(inputs, outputs, kernel, padding=kernel // 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, G, C, *size) to (B, G, outputs, *size)."""
+    def forward(self, x: Tensor, coarse: Tensor | None = None) -> Tensor:
+        """Convolve features (B, G, C, *size) to (B, G, outputs, *size).
+
+        Parameters
+        ----------
+        coarse : (B, G, C', *size / 2), which is up-sampled and joined behind `x`; C + C' are the
+            inputs then
+        """
         groups = x.shape[1]
-        own, common = self.conv_b, self.conv_m
         if groups == 1:
-            return self.merged(x)
-        # Scaling the weights instead of the features saves three passes over memory.
+            weight, bias = self.folded()
+            inputs = [flat(f) for f in (x, coarse) if f is not None]
+            return grouped(convolve_joined(*inputs, weight=weight, bias=bias), 1)
+        if not torch.is_grad_enabled():
+            return self._each(x, coarse)
+        if coarse is not None:
+            x = concatenate(x, upsample(coarse))
+        # Scaling the weights instead of the features saves passes over memory.
+        own, common = self.conv_b, self.conv_m
         each = grouped(convolve(flat(x), own.weight / 2, own.bias / 2), groups)
         share = common.weight / (2 * groups)
-        mean = convolve(total_over_scans(x), share, common.bias / 2)[:, None]
-        return each + mean if torch.is_grad_enabled() else each.add_(mean)
+        return each + convolve(total_over_scans(x), share, common.bias / 2)[:, None]
 
-    def merged(self, x: Tensor) -> Tensor:
-        """The same for one scan, (B, 1, C, *size)."""
-        return grouped(convolve(flat(x), *self.folded()), 1)
+    def _each(self, x: Tensor, coarse: Tensor | None) -> Tensor:
+        """`forward` of several scans without gradients."""
+        inputs = [f for f in (x, coarse) if f is not None]
+        # The means, for what all scans have in common; then the differences, in the same memory.
+        parts = [total_over_scans(f) / f.shape[1] for f in inputs]
+        weight, bias = self.folded()
+        common = convolve_joined(*parts, weight=weight, bias=bias)
+        out = common.new_empty((*x.shape[:2], *common.shape[2:], common.shape[1])).movedim(-1, 2)
+        last = out[:, -1].copy_(common)
+        for scan in range(x.shape[1] - 1):
+            for f, part in zip(inputs, parts, strict=True):
+                if scan:
+                    part.add_(f[:, scan]).sub_(f[:, scan - 1])
+                else:
+                    torch.sub(f[:, 0], part, out=part)
+            own = convolve_joined(*parts, weight=self.conv_b.weight / 2, bias=None)
+            torch.add(own, common, out=out[:, scan])
+            last.sub_(own)
+        return out
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one convolution that does the same for one scan."""
@@ -158,12 +192,17 @@ def mean_over_scans(x: Tensor, /) -> Tensor:
     return x if groups == 1 else total_over_scans(x)[:, None] / groups
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _direct(x: Tensor) -> bool:
+    """Whether oneDNN is called directly: on a CPU, without gradients."""
+    on_cpu = x.device.type == 'cpu' and torch.backends.mkldnn.is_available()
+    return on_cpu and not torch.is_grad_enabled()
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve (B, C, *size) with a kernel (outputs, C, width, ...), 'same' padding."""
     dim, width = x.ndim - 2, weight.shape[-1]
     padding = width // 2
-    direct = x.device.type == 'cpu' and torch.backends.mkldnn.is_available()
-    if direct and not torch.is_grad_enabled():
+    if _direct(x):
         # For a single image with few channels torch would choose a slow convolution that leaves
         # the channels-last layout.
         return torch.mkldnn_convolution(x, weight, bias, [padding] * dim, [1] * dim, [1] * dim, 1)
@@ -171,6 +210,35 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         # torch's convolution would convert layouts.
         return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     return _CONV[dim](x, weight, bias, padding=padding)
+
+
+def convolve_joined(
+    x: Tensor, coarse: Tensor | None = None, /, *, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """`convolve` (B, C, *size) with (B, C', *size / 2), up-sampled, joined behind it.
+
+    Parameters
+    ----------
+    weight : (outputs, C + C', 3, ...)
+    """
+    if coarse is None:
+        return convolve(x, weight, bias)
+    if not _direct(x):
+        fine = concatenate(x[:, None], upsample(coarse[:, None]))
+        return convolve(flat(fine), weight, bias)
+    own, upsampled = weight.split((x.shape[1], coarse.shape[1]), dim=1)
+    out = convolve(x, own, bias)
+    size = coarse.shape[2:]
+    for corner in itertools.product(*(range(0, n, _BLOCK) for n in size)):
+        # With the neighbours that interpolation and kernel reach.
+        seen, inner, fine = [], [], []
+        for start, n in zip(corner, size, strict=True):
+            stop, low = min(start + _BLOCK, n), max(0, start - 1)
+            seen.append(slice(low, min(n, stop + 1)))
+            inner.append(slice(2 * (start - low), 2 * (stop - low)))
+            fine.append(slice(2 * start, 2 * stop))
+        out[(..., *fine)] += convolve_upsampled(coarse[(..., *seen)], upsampled)[(..., *inner)]
+    return out
 
 
 def max_pool(x: Tensor, /) -> Tensor:
@@ -189,8 +257,8 @@ def convolve_upsampled(x: Tensor, weight: Tensor, /) -> Tensor:
 
     Both act on space and on channels separately, so the channels are mixed first, at the coarse
     size, once for each voxel of the kernel; then each axis in turn is up-sampled and its three
-    shifts are added. In three dimensions that is an eighth of the multiplications. It pays where
-    C is larger than the number of outputs, on blocks that stay in the processor's cache.
+    shifts are added. In three dimensions that is an eighth of the multiplications. It pays on
+    blocks that stay in the processor's cache.
 
     Parameters
     ----------

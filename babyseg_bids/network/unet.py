@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from math import ceil
 from typing import Any
 
@@ -16,8 +15,6 @@ from babyseg_bids.network.layers import (
     GroupConv,
     InstanceNorm,
     concatenate,
-    convolve,
-    convolve_upsampled,
     from_patches,
     max_pool,
     mean_over_scans,
@@ -136,7 +133,7 @@ class GroupUNet(nn.Module):
         ModelError
             If a spatial size is not a multiple of what the U-Net pools.
         """
-        logits: Tensor = self.add[-1](self.features(x)[:, None]).squeeze(1)
+        logits = self._last(self.add, x)
         return from_patches(logits, self.config.patch)
 
     def classifier(self) -> tuple[Tensor, Tensor]:
@@ -146,12 +143,13 @@ class GroupUNet(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """All but the last layer, of scans (B, G, *size): (B, C, *size / patch)."""
+        return self._last(self.add[:-1], x)
+
+    def _last(self, layers: nn.Sequential, x: Tensor) -> Tensor:
+        """The levels, and then some layers at full resolution: (B, C, *size / patch)."""
         # The mean over scans commutes with up-sampling and joining, and there is less of it.
         skip, x = (mean_over_scans(f) for f in self.levels(x))
-        joined = concatenate(skip, upsample(x))
-        del skip, x  # What follows is where most memory is used.
-        features: Tensor = self.add[:-1](joined).squeeze(1)
-        return features
+        return self._run(layers, skip, x).squeeze(1)
 
     def levels(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """All but the last step up, of scans (B, G, *size).
@@ -167,27 +165,31 @@ class GroupUNet(nn.Module):
                 f'The network needs sizes that are multiples of {multiple}, '
                 f'not {tuple(x.shape[2:])}; pad the scans first.'
             )
-        x = to_patches(x, self.config.patch)
-        skips = []
-        for level in self.enc:
-            x = self._run(level, x)
-            skips.append(x)
-            x = max_pool(x)
-        for level in self.dec[:-1]:
-            x = upsample(self._run(level, x))
-            x = concatenate(skips.pop(), x)
-        return skips.pop(), self._run(self.dec[-1], x)
+        # Nothing here holds on to a level's input while the level runs.
+        skips = [self._run(self.enc[0], to_patches(x, self.config.patch))]
+        for level in self.enc[1:]:
+            skips.append(self._run(level, max_pool(skips[-1])))
+        x = self._run(self.dec[0], max_pool(skips[-1]))
+        for level in self.dec[1:]:
+            x = self._run(level, skips.pop(), x)
+        return skips.pop(), x
 
-    def _run(self, level: nn.Module, x: Tensor) -> Tensor:
+    def _run(self, level: nn.Sequential, x: Tensor, coarse: Tensor | None = None) -> Tensor:
+        """A level; `coarse` is up-sampled and joined behind its input (see `GroupConv`)."""
         if self.checkpointing and torch.is_grad_enabled():
+            if coarse is not None:
+                x = concatenate(x, upsample(coarse))
             result: Tensor = checkpoint(level, x, use_reentrant=False)
             return result
-        return level(x)  # type: ignore[no-any-return]
+        first, *others = level
+        x = first(x, coarse)
+        for layer in others:
+            x = layer(x)
+        return x
 
 
-# The last step of the official network, its largest, runs on blocks of so many voxels of the
-# coarser level along each axis: what it keeps in between stays in the cache.
-_BLOCK = 12
+# The posteriors are computed for so many slices at once.
+_SLAB = 16
 
 
 class _Posteriors(nn.Module):
@@ -199,26 +201,12 @@ class _Posteriors(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Posteriors (B, labels, *size) of scans (B, G, *size) of any intensities."""
-        x = rescale(x)
-        if torch.is_grad_enabled() or x.device.type != 'cpu' or self.network.config.head:
-            return self.network(x).softmax(1)
-        skip, x = (mean_over_scans(f)[:, 0] for f in self.network.levels(x))
-        weight, bias = self.network.add[0].folded()
-        own, upsampled = weight.split((skip.shape[1], x.shape[1]), dim=1)
-        out = skip.new_empty((len(skip), self.network.config.labels, *skip.shape[2:]))
-        for corner in product(*(range(0, n, _BLOCK) for n in x.shape[2:])):
-            fine, wide, wide_fine, inner = [], [], [], []
-            for start, n in zip(corner, x.shape[2:], strict=True):
-                stop = min(start + _BLOCK, n)
-                low, high = max(0, start - 1), min(n, stop + 1)
-                fine.append(slice(2 * start, 2 * stop))
-                wide.append(slice(low, high))
-                wide_fine.append(slice(2 * low, 2 * high))
-                inner.append(slice(2 * (start - low), 2 * (stop - low)))
-            part = convolve_upsampled(x[(..., *wide)], upsampled)
-            part += convolve(skip[(..., *wide_fine)], own, bias)
-            out[(..., *fine)] = part[(..., *inner)].softmax(1)
-        return out
+        logits = self.network(rescale(x))
+        if torch.is_grad_enabled():
+            return logits.softmax(1)
+        for part in logits.split(_SLAB, dim=2):
+            part.copy_(part.softmax(1))
+        return logits
 
 
 def rescale(x: Tensor, /, *, low: float = 0.01, high: float = 0.99) -> Tensor:

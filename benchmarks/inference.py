@@ -36,8 +36,10 @@ HEAD = (180, 220, 180)
 class PlainGroupConv(GroupConv):
     """The definition of the group convolution, without any shortcut."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, G, C, *size) to (B, G, outputs, *size)."""
+    def forward(self, x: torch.Tensor, coarse: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, G, C, *size) and, if given, (B, G, C', *size / 2) to (B, G, outputs, *size)."""
+        if coarse is not None:
+            x = concatenate(x, upsample(coarse))
         groups = x.shape[1]
         each = self.conv_b(x.flatten(0, 1)).unflatten(0, (-1, groups))
         common = self.conv_m(x.mean(1))

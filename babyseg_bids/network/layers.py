@@ -14,7 +14,8 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_MODULE: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 # What is up-sampled before a convolution is treated in blocks of so many voxels along each axis.
-_BLOCK = 10
+# With fewer channels than `_WORTH` the additions take what the multiplications save.
+_BLOCK, _WORTH = 10, 64
 _LINEAR = {1: 'linear', 2: 'bilinear', 3: 'trilinear'}
 
 
@@ -223,7 +224,7 @@ def convolve_joined(
     """
     if coarse is None:
         return convolve(x, weight, bias)
-    if not _direct(x):
+    if not _direct(x) or coarse.shape[1] < _WORTH:
         fine = concatenate(x[:, None], upsample(coarse[:, None]))
         return convolve(flat(fine), weight, bias)
     own, upsampled = weight.split((x.shape[1], coarse.shape[1]), dim=1)

@@ -36,11 +36,6 @@ class Volume:
     centre: np.ndarray
 
 
-def _bins(values: np.ndarray, /) -> np.ndarray:
-    """The bin of each value in 0..1."""
-    return np.clip((values * BINS).astype(np.int64), 0, BINS - 1)
-
-
 def normalised_mutual_information(counts: np.ndarray, /) -> float:
     """(H(a) + H(b)) / H(a, b) of a joint histogram (N, M) (Studholme et al. 1999)."""
     if not counts.any():
@@ -57,22 +52,22 @@ def normalised_mutual_information(counts: np.ndarray, /) -> float:
     return (entropy(joint.sum(0)) + entropy(joint.sum(1))) / together
 
 
-class _Lookup:
-    """Linear interpolation of a volume (X, Y, Z), which fades to zero beyond its border.
+class _Binned:
+    """The bins of a volume (X, Y, Z) with values in 0..1, interpolated linearly.
 
-    Two to four times as fast as scipy's.
+    Beyond its border it fades to zero. About twice as fast as scipy's interpolation.
     """
 
     def __init__(self, data: np.ndarray) -> None:
-        data = np.pad(data, 1)
+        # Just below the number of bins, so that the whole part of a value is its bin.
+        data = np.pad((BINS - 1e-3) * data.astype(np.float32), 1)
         self._values = data.ravel()
         self._last = np.nextafter(np.array(data.shape, np.float32) - 1, 0)[:, None]
         self._strides = np.array(data.strides)[:, None] // data.itemsize
-        corners = np.array(list(product((0, 1), repeat=3)))
-        self._corners = corners @ self._strides
+        self._corners = np.array(list(product((0, 1), repeat=3))) @ self._strides
 
     def __call__(self, places: np.ndarray) -> np.ndarray:
-        """The values (N,) at places (3, N) float32, in voxels."""
+        """The bins (N,) int64 at places (3, N) float32, in voxels."""
         places = np.clip(places + 1, 0, self._last)
         low = places.astype(np.intp)
         places -= low
@@ -80,7 +75,7 @@ class _Lookup:
         values = self._values.take(self._corners + voxels).reshape(2, 2, 2, -1)
         for share in places:
             values = values[0] + (values[1] - values[0]) * share
-        return values
+        return values.astype(np.int64)
 
 
 def apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -212,15 +207,14 @@ class Similarity:
         chosen = np.argwhere(near)
         chosen = chosen[np.sort(rng.permutation(len(chosen))[:points])]
         voxels = chosen + rng.uniform(-0.5, 0.5, chosen.shape)
-        values = ndimage.map_coordinates(fixed.data, voxels.T, order=1)
         # Voxels of the reference are small numbers, for which float32 is exact enough.
         homogeneous = np.column_stack([voxels, np.ones(len(voxels))]).T.astype(np.float32)
         cuts = range(_AT_ONCE, len(voxels), _AT_ONCE)
         self._points = [np.ascontiguousarray(p) for p in np.split(homogeneous, cuts, axis=1)]
-        self._bins = np.split(_bins(values) * BINS, cuts)
+        fixed_bins = _Binned(fixed.data)
+        self._bins = [BINS * fixed_bins(p[:3]) for p in self._points]
         self._to_world = fixed.affine
-        # Just below the number of bins, so that the whole part of a value is its bin.
-        self._moving = _Lookup((BINS - 1e-3) * moving.data)
+        self._moving = _Binned(moving.data)
         # Voxels of the cropped scan, then places of the field of view, whose borders are -1 and 1.
         borders = _to_unit(np.full(3, -0.5), np.array(image.shape[:3]) - 0.5)
         self._from_world = np.concatenate(
@@ -238,7 +232,7 @@ class Similarity:
         for points, bins in zip(self._points, self._bins, strict=True):
             places = pull @ points
             seen = np.abs(places[3:]).max(0) <= 1
-            joint = bins + self._moving(places[:3]).astype(np.int64)
+            joint = bins + self._moving(places[:3])
             # Points that are not seen are counted behind all the others.
             joint[~seen] = BINS * BINS
             counts += np.bincount(joint, minlength=len(counts))

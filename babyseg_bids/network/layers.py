@@ -81,7 +81,7 @@ class GroupConv(nn.Module):
         """`forward` of several scans without gradients."""
         inputs = [f for f in (x, coarse) if f is not None]
         # The means, for what all scans have in common; then the differences, in the same memory.
-        parts = [total_over_scans(f) / f.shape[1] for f in inputs]
+        parts = [mean_over_scans(f)[:, 0] for f in inputs]
         weight, bias = self.folded()
         common = convolve_joined(*parts, weight=weight, bias=bias)
         out = common.new_empty((*x.shape[:2], *common.shape[2:], common.shape[1])).movedim(-1, 2)

@@ -14,8 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -23,7 +25,7 @@ import torch
 
 from babyseg_bids.network import load_model, segment
 from babyseg_bids.network.layers import GroupConv, concatenate, upsample
-from babyseg_bids.network.unet import GroupUNet, official_config, official_network
+from babyseg_bids.network.unet import GroupUNet, official_config, official_network, rescale
 from babyseg_bids.resources import freed_memory_kept
 from babyseg_bids.synthesis.finetune import drawn_brains
 from babyseg_bids.synthesis.generator import draw_sample
@@ -49,9 +51,9 @@ class PlainGroupConv(GroupConv):
 class Plain(torch.nn.Module):
     """The published network without any shortcut: scans (B, G, *size) to posteriors."""
 
-    def __init__(self, state_dict: dict[str, torch.Tensor]) -> None:
+    def __init__(self, config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.network = GroupUNet(official_config(OFFICIAL))
+        self.network = GroupUNet(official_config(config))
         self.network.load_state_dict(state_dict)
         for module in self.network.modules():
             if isinstance(module, GroupConv):
@@ -59,7 +61,7 @@ class Plain(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, G, *size) to (B, labels, *size)."""
-        skip, x = self.network.levels(x)
+        skip, x = self.network.levels(rescale(x))
         joined = concatenate(skip, upsample(x)).mean(1, keepdim=True)
         return self.network.add(joined).squeeze(1).softmax(1)
 
@@ -102,7 +104,7 @@ def measure(row: str, scans: int, threads: int, size: tuple[int, int, int]) -> d
     else:
         x = torch.rand(1, scans, *size)
         if row == 'reference':
-            network: torch.nn.Module = Plain(official_weights())
+            network: torch.nn.Module = Plain(OFFICIAL, official_weights())
         else:
             network = official_network(OFFICIAL, official_weights())
             network = network.to(memory_format=torch.channels_last_3d)

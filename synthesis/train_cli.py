@@ -15,6 +15,7 @@ from babyseg_bids.errors import BabySegError, InputError, UsageError
 if TYPE_CHECKING:
     from babyseg_bids.network.weights import Model
     from babyseg_bids.synthesis.evaluate import Case
+    from babyseg_bids.synthesis.maps import TrainingMap
 
 DEFAULT_STAGES = (
     '2.0:64x96x64:4000:2',
@@ -40,6 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
         '--no-morphing',
         action='store_true',
         help='do not estimate how the brains turn into each other (saves some minutes)',
+    )
+    prepare.add_argument(
+        '--grow-white-matter',
+        action='store_true',
+        help='where a name says the age, let white matter reach further into the cortex until '
+        'its share of both is the published one; for maps that draw it too thin',
     )
     prepare.add_argument('--threads', type=int, default=2, help='default: 2')
 
@@ -203,7 +210,21 @@ def _prepare(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
         logging.basicConfig(level=logging.INFO, format='%(message)s')
         prepared = estimate_shapes(prepared, held_out=HELD_OUT)
+    if args.grow_white_matter:
+        prepared = [_with_published_share(m) for m in prepared]
     save_maps(args.out, prepared)
+
+
+def _with_published_share(drawn: 'TrainingMap') -> 'TrainingMap':
+    from babyseg_bids.synthesis import proportions
+
+    # A fetus counts as a newborn for its contrasts; no share is known for one.
+    if drawn.age is None or drawn.age <= 0:
+        return drawn
+    grown = proportions.with_white_matter(drawn, proportions.published_share(drawn.age))
+    before, after = (proportions.white_matter_share(m) for m in (drawn, grown))
+    print(f'{drawn.name}: white matter {before:.3f} -> {after:.3f} of it and cortex', flush=True)
+    return grown
 
 
 def _complete(args: argparse.Namespace) -> None:

@@ -1,6 +1,5 @@
 """Rigid alignment: on a phantom with two contrasts, and on the paired infant templates."""
 
-import importlib.util
 from pathlib import Path
 
 import nibabel as nib
@@ -187,12 +186,9 @@ def test_own_segmentations_are_not_made_where_the_images_are_proof(displaced):
 
 
 @pytest.fixture(scope='module')
-def benchmark(root: Path):
+def benchmark(benchmark_module):
     """The benchmark's own cases, on real pairs of scans."""
-    spec = importlib.util.spec_from_file_location('bench', root / 'benchmarks' / 'alignment.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_module('alignment')
 
 
 # The last three were wrong or left out while the search ended at the step limit of its optimiser:

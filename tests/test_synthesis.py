@@ -12,7 +12,7 @@ from synthesis_phantoms import SETTINGS_2D, SETTINGS_3D, TABLE, phantom, quiet
 
 from babyseg_bids.errors import InputError, UsageError
 from babyseg_bids.labels import label_table
-from babyseg_bids.synthesis import maps
+from babyseg_bids.synthesis import maps, proportions, train_cli
 from babyseg_bids.synthesis.cli import main as synth_main
 from babyseg_bids.synthesis.draws import Draws
 from babyseg_bids.synthesis.gallery import one_by_one
@@ -305,6 +305,22 @@ def test_unreadable_and_unlabelled_maps_are_refused(tmp_path):
     nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.int16), np.diag([2, 2, 2, 1])), foreign)
     with pytest.raises(InputError, match=r'foreign\.nii\.gz: the map holds none of the labels'):
         maps.prepare_map(foreign)
+
+
+def test_only_maps_whose_age_is_known_get_the_published_white_matter(tmp_path, capsys):
+    """A cube of white matter in one of cortex, as a child's, a fetus' and somebody's."""
+    numbers = np.zeros((40, 40, 40), np.int16)
+    numbers[4:36, 4:36, 4:36] = 3
+    numbers[10:30, 10:30, 10:30] = 2
+    paths = [tmp_path / f'{name}.nii.gz' for name in ('06mo', 'GA30', 'child')]
+    for path in paths:
+        nib.save(nib.Nifti1Image(numbers, np.eye(4)), path)
+    out = tmp_path / 'maps.npz'
+    arguments = ['prepare', *map(str, paths), '--no-morphing', '--grow-white-matter']
+    assert train_cli.main([*arguments, '--out', str(out)]) == 0
+    shares = [proportions.white_matter_share(m) for m in maps.load_maps(out)]
+    assert shares == pytest.approx([0.40, 0.244, 0.244], abs=0.02)
+    assert '06mo: white matter 0.244 -> 0.' in capsys.readouterr().out
 
 
 # The command.

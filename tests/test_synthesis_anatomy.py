@@ -9,7 +9,7 @@ from synthesis_phantoms import SETTINGS_2D, SETTINGS_3D, TABLE, as_classes, phan
 from test_atlas import phantom as whole_brain
 
 from babyseg_bids.labels import label_table
-from babyseg_bids.synthesis import anatomy, deformation, maps, morphing, surroundings
+from babyseg_bids.synthesis import anatomy, deformation, maps, morphing, proportions, surroundings
 from babyseg_bids.synthesis.draws import Draws
 from babyseg_bids.synthesis.settings import AnatomySettings, SurroundingsSettings
 
@@ -222,12 +222,17 @@ def test_ventricles_widen_and_sulci_move_by_what_is_asked(family):
     assert np.linalg.norm(directions, axis=0).max() <= 1.001
 
 
-def test_the_border_of_white_matter_and_cortex_moves_by_what_is_asked():
-    """A ball of white matter of 12 mm in a shell of 6 mm, the left half and the right half."""
+def ball():
+    """White matter of 12 mm in a shell of cortex of 6 mm, the left half and the right half."""
     axes = np.meshgrid(*[np.arange(48) - 23.5] * 3, indexing='ij')
     radius = np.sqrt(sum(a**2 for a in axes))
     numbers = np.where(radius < 12, 2, np.where(radius < 18, 3, 0))
     numbers[24:] = np.where(numbers, numbers + 39, 0)[24:]
+    return numbers
+
+
+def test_the_border_of_white_matter_and_cortex_moves_by_what_is_asked():
+    numbers = ball()
     classes = as_classes(numbers)
     depth = maps.cortical_depth(classes)
     flat, around = (torch.from_numpy(x.astype(np.int32)).view(-1) for x in (classes, depth))
@@ -239,6 +244,30 @@ def test_the_border_of_white_matter_and_cortex_moves_by_what_is_asked():
         expected = min(12 + amount, 15)
         assert (white.sum() * 3 / (4 * np.pi)) ** (1 / 3) == pytest.approx(expected, abs=0.25)
         assert ((shown > 0) == (numbers > 0)).all() and ((shown > 40) == (numbers > 40)).all()
+
+
+@pytest.mark.parametrize(('share', 'expected'), [(0.33, 0.33), (0.41, 0.41), (0.9, 0.58)])
+def test_white_matter_grows_until_its_share_or_half_of_the_cortex_is_reached(share, expected):
+    numbers = ball()
+    drawn = maps.prepare_labels(numbers, name='ball')
+    grown = proportions.with_white_matter(drawn, share)
+    assert proportions.white_matter_share(drawn) == pytest.approx(0.30, abs=0.01)
+    assert proportions.white_matter_share(grown) == pytest.approx(expected, abs=0.02)
+    before, after = (TABLE.numbers[m.classes] for m in (drawn, grown))
+    assert ((before > 0) == (after > 0)).all() and ((before > 40) == (after > 40)).all()
+    assert (after[np.isin(before, (2, 41))] == before[np.isin(before, (2, 41))]).all()
+
+
+def test_a_map_with_enough_white_matter_or_without_cortex_stays_as_it_is():
+    drawn = maps.prepare_labels(ball(), name='ball')
+    assert proportions.with_white_matter(drawn, 0.29) is drawn
+    white = maps.prepare_labels(np.full((8, 8, 8), 2), name='white')
+    assert proportions.with_white_matter(white, 0.5) is white
+
+
+def test_published_shares_fall_from_birth_to_two_years():
+    shares = [proportions.published_share(age) for age in (0, 1, 1.5, 6, 12, 24, 90)]
+    assert shares == pytest.approx([0.50, 0.50, 0.485, 0.40, 0.36, 0.35, 0.355])
 
 
 def test_without_cortex_no_border_moves():

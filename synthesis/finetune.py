@@ -14,6 +14,7 @@ from babyseg_bids.network.weights import Model
 from babyseg_bids.synthesis.atlas import load_atlas, sample_label_map
 from babyseg_bids.synthesis.evaluate import evaluate, held_out_cases
 from babyseg_bids.synthesis.maps import TrainingMap, prepare_labels, prepare_map
+from babyseg_bids.synthesis.proportions import published_share, with_white_matter
 from babyseg_bids.synthesis.settings import SynthesisSettings, load_settings
 from babyseg_bids.synthesis.train import Stage, Trainer, TrainingPlan
 
@@ -81,14 +82,17 @@ def read_ranking(path: Path, /) -> dict[str, float]:
 
 
 def drawn_brains(kinds: Sequence[tuple[float, int]], /) -> list[TrainingMap]:
-    """Training maps drawn from the shipped atlas, by age in months and seed."""
+    """Training maps drawn from the shipped atlas, by age in months and seed.
+
+    With the published share of white matter, of which the atlas has too little.
+    """
     atlas = load_atlas()
-    return [
-        prepare_labels(
-            sample_label_map(atlas, age, seed=seed)[0], name=f'atlas-{age:g}-{seed}', age=age
-        )
-        for age, seed in kinds
-    ]
+    brains = []
+    for age, seed in kinds:
+        labels, _ = sample_label_map(atlas, age, seed=seed)
+        drawn = prepare_labels(labels, name=f'atlas-{age:g}-{seed}', age=age)
+        brains.append(with_white_matter(drawn, published_share(age)))
+    return brains
 
 
 def finetune(

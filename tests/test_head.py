@@ -247,7 +247,7 @@ def test_of_several_turns_the_one_counts_after_which_the_score_is_best(sides, mo
 
 @pytest.mark.parametrize(
     ('misfit', 'certainty', 'overruled'),
-    [(0.01, 0.78, True), (0.04, 0.85, True), (0.06, 0.99, False), (0.01, 0.73, False)],
+    [(0.01, 0.8, True), (0.04, 0.86, True), (0.06, 0.99, False), (0.01, 0.73, False)],
 )
 @pytest.mark.parametrize('direction', [0, 1, 22])
 def test_the_header_is_overruled_where_the_score_is_clearly_better(
@@ -262,6 +262,19 @@ def test_the_header_is_overruled_where_the_score_is_clearly_better(
     assert standing.head is (other if overruled else ahead)
     assert len(grids) == 1
     assert (standing.grid is grids[0]) is not overruled
+
+
+@pytest.mark.parametrize(('direction', 'overruled'), [(0, True), (1, False), (22, False)])
+def test_a_direction_in_which_headers_are_hardly_ever_mistaken_has_to_be_much_better(
+    sides, monkeypatch, direction, overruled
+):
+    """By 0.04: enough for a head that faces backwards."""
+    ahead, other = seen(0.04, 0.8), seen(0.01, 0.78)
+    looks = [NOTHING] * 23
+    looks[direction] = other
+    again = [other] if direction else []
+    standing, _ = stand(sides, monkeypatch, ahead, *looks, *again, NOTHING)
+    assert standing.head is (other if overruled else ahead)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 Automatic label maps of infants draw white matter too thin where the scans show no contrast, and
 what learns from them does the same. `data/white_matter_share.tsv` holds medians for children of
-1 to 36 months, both sexes, from the brain charts (Bethlehem et al., Nature 2022, FreeSurfer 5.3;
+1 to 36 months from the brain charts (Bethlehem et al., Nature 2022, FreeSurfer 5.3;
 doi 10.1038/s41586-022-04554-y). How they were got: docs/training-log.md.
 """
 
@@ -45,11 +45,13 @@ def with_white_matter(m: TrainingMap, share: float, /) -> TrainingMap:
     """
     white, cortex = _volumes(m)
     missing = round(share * (white + cortex)) - white
-    # 127 is the half that stays; cortex and white matter behind the border both have a depth.
+    if missing <= 0:
+        return m
+    # 127 is the half that stays; white matter has a depth, too.
     table = class_table()
     movable = np.isin(m.classes, table.of(3, 42)) & (m.depth < 127)
     depths = np.sort(m.depth[movable])
-    if missing <= 0 or not len(depths):
+    if not len(depths):
         return m
     amount = float(depths[min(missing, len(depths) - 1)]) / DEPTH_STEPS
     flat = torch.from_numpy(m.classes.astype(np.int32)).view(-1)

@@ -31,8 +31,9 @@ from babyseg_bids import BabySegPipeline
 from babyseg_bids.labels import label_table
 from babyseg_bids.morphometry import asymmetry_index
 from babyseg_bids.network.grid import foreground_box, onto_grid, working_grid
-from babyseg_bids.network.head import angle_of, put_upright
+from babyseg_bids.network.head import put_upright
 from babyseg_bids.network.intensity import normalise
+from babyseg_bids.network.layout import angle_of
 from babyseg_bids.synthesis.completion import AROUND
 
 ORIENTATIONS = [

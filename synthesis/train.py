@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -17,7 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from babyseg_bids.errors import InputError, UsageError
 from babyseg_bids.labels import label_table
+from babyseg_bids.network.compass import COMPASS_NETWORK, quarters
 from babyseg_bids.network.head import WIDE
+from babyseg_bids.network.layout import quarter_turned, quarter_turns
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 from babyseg_bids.resources import freed_memory_kept
 from babyseg_bids.synthesis.gallery import picture, side_by_side
@@ -36,6 +39,11 @@ DEFAULT_NETWORK = NetworkConfig(
     head=(48,),
     patch=2,
 )
+# The compass learns from heads that are turned by up to so many degrees about each axis, which
+# after a quarter turn is every direction. Drawing costs more than a step: each is shown twice.
+_COMPASS_TURN, _SHOWN = 60.0, 2
+# Samples that are drawn at most for one of its steps; few show too little of a brain.
+_TRIES = 64
 # Hard Dice costs a twentieth of a step, so only some steps have it.
 _MEASURE_EVERY = 5
 _FIELDS = ('step', 'stage', 'spacing', 'loss', 'dice', 'rate', 'seconds')
@@ -86,6 +94,7 @@ class TrainingPlan:
         much again: the network also has to find the head at a glance (see `head`)
     enlarged : share of the samples of the other steps whose brains have volumes around that which
         `head.enlarged` gives them at inference (`AnatomySettings.volume`)
+    compass : train the network that tells the direction of a head (see `compass_plan`)
     """
 
     stages: tuple[Stage, ...]
@@ -101,6 +110,7 @@ class TrainingPlan:
     checkpointing: bool = False
     wide: float = 0.15
     enlarged: float = 0.8
+    compass: bool = False
 
     def __post_init__(self) -> None:
         for stage in self.stages:
@@ -129,6 +139,21 @@ class TrainingPlan:
         left = (self.steps - step) / (self.decay * self.steps)
         cooled = 0.5 * (1 - math.cos(math.pi * min(1.0, max(0.0, left))))
         return self.rate * min(1.0, (step + 1) / self.warmup) * cooled
+
+
+def compass_plan(stages: Sequence[Stage], /, **about: Any) -> TrainingPlan:
+    """A plan for the network that tells the direction of a head; `about` as of `TrainingPlan`."""
+    if any(len(set(s.size)) > 1 for s in stages):
+        raise UsageError('Heads in every direction need stages that are as long along each axis.')
+    synthesis = about.pop('synthesis', None) or load_settings()
+    synthesis = replace(
+        synthesis,
+        anatomy=replace(synthesis.anatomy, rotation_deg=_COMPASS_TURN),
+        group_shares=(1.0,),
+    )
+    return TrainingPlan(
+        tuple(stages), network=COMPASS_NETWORK, synthesis=synthesis, compass=True, **about
+    )
 
 
 class SyntheticBatches(Dataset):
@@ -167,6 +192,8 @@ class SyntheticBatches(Dataset):
         step = self.start + item
         stage = self.plan.stages[self.plan.stage_at(step)]
         seed = self.plan.seed * 1_000_003 + step
+        if self.plan.compass:
+            return self._in_all_directions(stage, seed)
         generator = torch.Generator().manual_seed(seed)
         shares = torch.tensor(self.plan.synthesis.group_shares)
         scans = int(torch.multinomial(shares, 1, generator=generator))
@@ -191,6 +218,34 @@ class SyntheticBatches(Dataset):
         images = torch.stack([s.images for s in samples])
         target = torch.stack([s.target for s in samples])
         return images.half(), target.byte()
+
+    def _in_all_directions(self, stage: Stage, seed: int) -> tuple[Tensor, Tensor]:
+        """Images and quarters of a step; every sample is shown after several quarter turns."""
+        settings = replace(self.plan.synthesis, size=stage.size, spacing=stage.spacing)
+        generator = torch.Generator().manual_seed(seed)
+        rows: list[Tensor] = []
+        for i in range(_TRIES):
+            sample = draw_sample(
+                self.maps,
+                seed=(seed * 64 + self.rank) * _TRIES + i,
+                settings=settings,
+                table=self.table,
+            )
+            target = quarters(sample.target, label_table(), spacing=stage.spacing)
+            if target is None:
+                continue
+            both = torch.cat([sample.images, target[None]])
+            chosen = torch.randperm(24, generator=generator)[:_SHOWN].tolist()
+            rows += [quarter_turned(both, quarter_turns()[i]) for i in chosen]
+            if len(rows) >= stage.batch:
+                break
+        else:
+            raise InputError(
+                f'{len(rows)} of {_TRIES} samples show enough of a brain to tell its direction; '
+                'train the compass on maps of whole brains, in stages that hold them.'
+            )
+        batch = torch.stack(rows[: stage.batch])
+        return batch[:, :1].half(), batch[:, 1].byte()
 
 
 class Trainer:

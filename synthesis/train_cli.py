@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from babyseg_bids.synthesis.evaluate import Case
     from babyseg_bids.synthesis.maps import TrainingMap
 
+COMPASS_STAGES = ('6.0:32x32x32:800:8', '4.0:48x48x48:3500:8')
 DEFAULT_STAGES = (
     '2.0:64x96x64:4000:2',
     '1.0:128x160x128:8000:2',
@@ -108,6 +109,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     fit.add_argument('--seed', type=int, default=0)
     fit.add_argument('--settings', default='default', metavar='NAME|FILE', help=_SETTINGS)
+    fit.add_argument(
+        '--compass',
+        action='store_true',
+        help='train the small network that tells which way a head lies, not the one that '
+        f'segments (default stages: {" ".join(COMPASS_STAGES)})',
+    )
     fit.add_argument(
         '--include-held-out', action='store_true', help='train on the held-out children too'
     )
@@ -258,9 +265,16 @@ def _fit(args: argparse.Namespace) -> None:
     from babyseg_bids.network.weights import load_model
     from babyseg_bids.synthesis.maps import load_maps
     from babyseg_bids.synthesis.settings import load_settings
-    from babyseg_bids.synthesis.train import HELD_OUT, Stage, Trainer, TrainingPlan
+    from babyseg_bids.synthesis.train import HELD_OUT, Stage, Trainer, TrainingPlan, compass_plan
 
-    stages = tuple(Stage.parse(s) for s in args.stage or DEFAULT_STAGES)
+    for option in ('validate_every', 'start_from'):
+        if args.compass and getattr(args, option):
+            raise UsageError(
+                'The compass segments nothing and starts from no model; with --compass, leave '
+                f'--{option.replace("_", "-")} out.'
+            )
+    default = COMPASS_STAGES if args.compass else DEFAULT_STAGES
+    stages = tuple(Stage.parse(s) for s in args.stage or default)
     settings = load_settings(args.settings)
     if args.scan_shares:
         settings = replace(settings, group_shares=tuple(args.scan_shares))
@@ -271,7 +285,7 @@ def _fit(args: argparse.Namespace) -> None:
             device = f'cuda:{os.environ["LOCAL_RANK"]}'
             torch.cuda.set_device(device)
     prefers = device.startswith('cuda') or cpu_prefers_bfloat16()
-    plan = TrainingPlan(
+    plan = (compass_plan if args.compass else TrainingPlan)(
         stages,
         seed=args.seed,
         rate=args.rate,
@@ -434,8 +448,9 @@ def _finetune(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     import torch
 
+    from babyseg_bids.network.compass import COMPASS_NETWORK, FORMAT
     from babyseg_bids.network.unet import GroupUNet, NetworkConfig
-    from babyseg_bids.network.weights import load_model, new_model, save_model
+    from babyseg_bids.network.weights import load_model, new_model, save_model, write_network
 
     checkpoint = args.folder / 'checkpoint.pt'
     if not checkpoint.exists():
@@ -455,15 +470,15 @@ def _export(args: argparse.Namespace) -> None:
             raise UsageError(f'{args.mix} is another network than that of {args.folder}.')
         weights = {k: (x + other[k]) / 2 for k, x in weights.items()}
     network.load_state_dict(weights)
-    model = new_model(
-        network,
-        name=args.name,
-        version=__version__,
-        spacing=state['stages'][-1]['spacing'],
-        training={'steps': state['step'], 'stages': state['stages']}
-        | ({'mixed_with': str(args.mix)} if args.mix else {}),
-    )
-    save_model(args.out, model)
+    training = {'steps': state['step'], 'stages': state['stages']}
+    if network.config == COMPASS_NETWORK:
+        write_network(args.out, network, FORMAT, {'version': __version__, 'training': training})
+    else:
+        if args.mix:
+            training['mixed_with'] = str(args.mix)
+        spacing = state['stages'][-1]['spacing']
+        about = {'name': args.name, 'version': __version__, 'spacing': spacing}
+        save_model(args.out, new_model(network, training=training, **about))
     print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB')
 
 

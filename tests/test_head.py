@@ -6,76 +6,21 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from network_phantoms import CHANNEL, SideNetwork
+from heads import drawn_head, rotation
+from network_phantoms import SideNetwork
 from orientations import CODES, reorient
 from scipy import ndimage
-from scipy.spatial.transform import Rotation
 
 from babyseg_bids.labels import label_table
 from babyseg_bids.network import Model, head, load_model, segment
+from babyseg_bids.network.compass import Reading
 from babyseg_bids.network.grid import from_grid, onto_grid, reference_box, working_grid
-from babyseg_bids.network.head import (
-    Head,
-    Standing,
-    Turn,
-    angle_of,
-    enlarged,
-    put_upright,
-    upright,
-)
-from babyseg_bids.synthesis.atlas import layout, load_atlas
-from babyseg_bids.synthesis.finetune import drawn_brains
-from babyseg_bids.synthesis.generator import draw_sample
+from babyseg_bids.network.head import Head, Standing, Turn, enlarged, put_upright
+from babyseg_bids.network.layout import angle_of, quarter_turned, quarter_turns
 from babyseg_bids.synthesis.losses import hard_dice
-from babyseg_bids.synthesis.settings import load_settings, update
 
 TABLE = label_table()
 SPACING = 2.0
-
-
-def rotation(*degrees):
-    return Rotation.from_euler('xyz', degrees, degrees=True).as_matrix()
-
-
-def balls(turn, size=96):
-    """Posteriors (C, *size): balls where the structures of a turned average head are."""
-    index = np.indices((size,) * 3, np.float32)
-    channels = np.zeros((size,) * 3, np.int64)
-    for number, row in head._layout().iterrows():
-        # Twice as far apart, so that no ball touches another.
-        centre = turn @ (2 * row[['x', 'y', 'z']].to_numpy(float)) / SPACING + size / 2
-        channels[np.square(index - centre.reshape(3, 1, 1, 1)).sum(0) < 6] = CHANNEL[number]
-    return np.moveaxis(np.eye(len(TABLE), dtype=np.float32)[channels], -1, 0)
-
-
-def test_the_layout_is_that_of_the_shipped_atlas():
-    expected = layout(load_atlas()).set_index('index')
-    np.testing.assert_allclose(head._layout().to_numpy(), expected.to_numpy(), atol=0.051)
-
-
-@pytest.mark.parametrize(
-    'degrees', [(0, 0, 0), (20, 0, 0), (0, -35, 0), (30, 30, -30), (0, 0, 170), (90, 0, 0)]
-)
-def test_the_rotation_is_that_of_the_structures(degrees):
-    turn = rotation(*degrees)
-    found, misfit = upright(balls(turn), TABLE, SPACING)
-    assert angle_of(found @ turn) < 0.5
-    assert np.linalg.det(found) == pytest.approx(1)
-    assert misfit < 0.001
-
-
-def test_a_mirrored_head_is_never_reflected_back():
-    found, misfit = upright(balls(np.eye(3))[:, ::-1], TABLE, SPACING)
-    assert np.linalg.det(found) == pytest.approx(1)
-    assert misfit > 0.3
-
-
-@pytest.mark.parametrize('kept', [1, 7])
-def test_too_few_structures_tell_nothing(kept):
-    posteriors = balls(rotation(40, 0, 0))
-    posteriors[kept:] = 0
-    found, misfit = upright(posteriors, TABLE, SPACING)
-    assert np.array_equal(found, np.eye(3)) and misfit == 1
 
 
 @pytest.mark.parametrize('codes', CODES)
@@ -107,6 +52,10 @@ def test_a_turned_grid_shows_the_world_as_it_is(codes):
     back = from_grid(torch.from_numpy(found[part]), inner, target).numpy()
     inside = tuple(slice(4, -4) for _ in range(3))
     np.testing.assert_allclose(back[inside], scan[inside], atol=0.02)
+
+
+INSIDE = np.argwhere(np.ones((9, 9, 9), bool)) + 12.0
+LOST = Reading(np.eye(3), 1.0, INSIDE)
 
 
 class BrightSides(SideNetwork):
@@ -146,10 +95,11 @@ def test_left_stays_left_when_a_head_is_put_upright(sides, codes, monkeypatch):
             return found
         # Of structures there are only two; this is what more of them would tell.
         inside = (scans[0] > 0.5).nonzero().double().numpy()
-        askew = head._turn(turn.T, inside, 2, model)
+        askew = head._turn(turn.T, inside, model)
         return replace(found, turn=askew, misfit=0.2, certainty=0.8)
 
     monkeypatch.setattr(head, 'find_head', find)
+    monkeypatch.setattr(head, 'read_compass', lambda *_, **__: LOST)
     result = segment([(image, affine)], sides, device='cpu')
     assert result.turn_degrees == pytest.approx(angle_of(turn), abs=0.01)
     for number, truth in ((2, left), (41, right)):
@@ -160,20 +110,13 @@ def test_left_stays_left_when_a_head_is_put_upright(sides, codes, monkeypatch):
         assert result.soft_volumes[number] == pytest.approx(volume, rel=0.06)
 
 
-@pytest.mark.parametrize('turn', head._other_quarter_turns(), ids=str)
+@pytest.mark.parametrize('turn', quarter_turns()[1:], ids=str)
 def test_a_quarter_turn_of_a_grid_shows_the_same_voxels(turn):
     image, _, _, affine = tilted(rotation(20, 30, 40))
     grid = working_grid(affine, [slice(0, 44), slice(2, 48), slice(4, 30)], spacing=2, multiple=16)
     scans = onto_grid(torch.from_numpy(image), affine, grid)[None]
     again = onto_grid(torch.from_numpy(image), affine, head._same_voxels(grid, turn))[None]
-    torch.testing.assert_close(head._quarter_turned(scans, turn), again, atol=1e-3, rtol=0)
-
-
-def test_there_are_23_other_quarter_turns_and_backwards_is_the_first():
-    turns = head._other_quarter_turns()
-    assert len({t.tobytes() for t in turns}) == 23
-    assert np.array_equal(turns[0], np.diag([-1, -1, 1]))
-    assert all(np.linalg.det(t) == pytest.approx(1) and angle_of(t) > 89 for t in turns)
+    torch.testing.assert_close(quarter_turned(scans, turn), again, atol=1e-3, rtol=0)
 
 
 def finder(*found):
@@ -182,8 +125,8 @@ def finder(*found):
     return lambda *_, **__: waiting.pop(0) if len(waiting) > 1 else waiting[0]
 
 
-def stand(sides, monkeypatch, *found):
-    """Where `put_upright` ends after such looks, and the grids that it asked for."""
+def stand(sides, monkeypatch, *found, lies=LOST):
+    """Where `put_upright` ends after such looks and a compass, and the grids that it asked for."""
     grids = []
 
     def prepare(target):
@@ -191,6 +134,7 @@ def stand(sides, monkeypatch, *found):
         return torch.zeros(1, *target.size)
 
     monkeypatch.setattr(head, 'find_head', finder(*found))
+    monkeypatch.setattr(head, 'read_compass', lambda *_, **__: lies)
     grid = working_grid(np.eye(4), [slice(0, 40)] * 3, spacing=SPACING, multiple=16)
     return put_upright(prepare, grid, sides, device='cpu'), grids
 
@@ -209,14 +153,6 @@ NOTHING = seen(1.0, 0.0, brain=0.0)
 def test_a_head_that_surely_stands_upright_is_looked_at_once(sides, monkeypatch):
     standing, grids = stand(sides, monkeypatch, seen(0.01, 0.8), NOTHING)
     assert grids == [standing.grid] and standing.head.brain
-
-
-def test_other_directions_are_tried_only_where_there_is_a_brain(sides, monkeypatch):
-    better = seen(0.01, 0.9)
-    standing, _ = stand(sides, monkeypatch, seen(0.2, 0.5, brain=1.4e5), better)
-    assert standing.head is not better
-    standing, _ = stand(sides, monkeypatch, seen(0.2, 0.5, brain=1.6e5), better)
-    assert standing.head is better
 
 
 def test_a_turn_after_which_the_head_is_no_better_is_taken_back(sides, monkeypatch):
@@ -245,50 +181,48 @@ def test_of_several_turns_the_one_counts_after_which_the_score_is_best(sides, mo
     assert standing.head is best and standing.grid is grids[2]
 
 
-@pytest.mark.parametrize(
-    ('misfit', 'certainty', 'overruled'),
-    [(0.01, 0.8, True), (0.04, 0.86, True), (0.06, 0.99, False), (0.01, 0.73, False)],
-)
-@pytest.mark.parametrize('direction', [0, 1, 22])
-def test_the_header_is_overruled_where_the_score_is_clearly_better(
-    sides, monkeypatch, misfit, certainty, overruled, direction
+BACKWARDS = np.diag([-1.0, -1.0, 1.0])
+
+
+def pointing(turn, misfit=0.01):
+    return Reading(turn, misfit, INSIDE)
+
+
+def test_the_header_is_believed_where_the_compass_agrees_or_is_lost(sides, monkeypatch):
+    for lies in (pointing(rotation(10, 0, 15)), pointing(BACKWARDS, head._LOST)):
+        standing, grids = stand(sides, monkeypatch, seen(0.2, 0.5), NOTHING, lies=lies)
+        assert grids == [standing.grid] and standing.head.brain
+
+
+@pytest.mark.parametrize('turn', quarter_turns()[1:], ids=str)
+def test_a_mistaken_header_costs_one_look(sides, monkeypatch, turn):
+    """The same voxels in another order: nothing is interpolated, and no side is mirrored."""
+    lies = pointing(rotation(8, -5, 10) @ turn)
+    standing, grids = stand(sides, monkeypatch, seen(0.01, 0.8), NOTHING, lies=lies)
+    assert len(grids) == 1 and standing.head.brain
+    ratio = np.linalg.inv(grids[0].affine[:3, :3]) @ standing.grid.affine[:3, :3]
+    np.testing.assert_allclose(ratio, turn.T, atol=1e-9)
+
+
+@pytest.mark.parametrize(('certainty', 'overruled'), [(0.7, True), (0.6, False)])
+def test_where_the_head_is_not_surely_upright_the_better_score_decides(
+    sides, monkeypatch, certainty, overruled
 ):
-    ahead, other = seen(0.04, 0.8), seen(misfit, certainty)
-    looks = [NOTHING] * 23
-    looks[direction] = other
-    # The best of the quarter turns other than backwards are looked at in full.
-    again = [other] if direction else []
-    standing, grids = stand(sides, monkeypatch, ahead, *looks, *again, NOTHING)
-    assert standing.head is (other if overruled else ahead)
-    assert len(grids) == 1
+    there, ahead = seen(0.01, certainty), seen(0.01, 0.65)
+    standing, grids = stand(sides, monkeypatch, there, ahead, lies=pointing(BACKWARDS))
+    assert standing.head is (there if overruled else ahead)
     assert (standing.grid is grids[0]) is not overruled
 
 
-@pytest.mark.parametrize(('direction', 'overruled'), [(0, True), (1, False), (22, False)])
-def test_a_direction_in_which_headers_are_hardly_ever_mistaken_has_to_be_much_better(
-    sides, monkeypatch, direction, overruled
-):
-    """By 0.04: enough for a head that faces backwards."""
-    ahead, other = seen(0.04, 0.8), seen(0.01, 0.78)
-    looks = [NOTHING] * 23
-    looks[direction] = other
-    again = [other] if direction else []
-    standing, _ = stand(sides, monkeypatch, ahead, *looks, *again, NOTHING)
-    assert standing.head is (other if overruled else ahead)
-
-
-@pytest.mark.parametrize(
-    ('direction', 'certainty', 'taken'), [(0, 0.6, True), (1, 0.6, False), (1, 0.75, True)]
-)
-def test_in_an_unlikely_direction_the_score_has_to_be_good(
-    sides, monkeypatch, direction, certainty, taken
-):
-    ahead, other = seen(0.04, 0.5), seen(0.01, certainty)
-    looks = [NOTHING] * 23
-    looks[direction] = other
-    again = [other] if direction else []
-    standing, _ = stand(sides, monkeypatch, ahead, *looks, *again, NOTHING)
-    assert standing.head is (other if taken else ahead)
+def test_far_from_upright_the_compass_is_followed_first(sides, monkeypatch):
+    turn = rotation(30, -35, 30)
+    standing, grids = stand(sides, monkeypatch, seen(0.01, 0.8), NOTHING, lies=pointing(turn))
+    assert standing.grid is grids[1] and len(grids) == 2
+    ratio = np.linalg.inv(grids[0].affine[:3, :3]) @ standing.grid.affine[:3, :3]
+    np.testing.assert_allclose(ratio, turn.T, atol=1e-9)
+    # The brain is in the middle of what is looked at.
+    middle = standing.grid.affine @ [*(np.array(standing.grid.size) - 1) / 2, 1]
+    np.testing.assert_allclose(middle, grids[0].affine @ [16, 16, 16, 1], atol=SPACING)
 
 
 @pytest.mark.parametrize('codes', CODES)
@@ -336,14 +270,7 @@ def test_a_small_brain_is_enlarged(sides, brain, ratio):
 @pytest.fixture(scope='module')
 def drawn():
     """A drawn child's head, upright, its labels, and what the shipped model makes of it."""
-    settings = update(
-        load_settings(), {'size': (160, 160, 160), 'spacing': 1.0, 'group_shares': (1.0,)}
-    )
-    settings = replace(
-        settings, anatomy=replace(settings.anatomy, rotation_deg=0.0, mirror_probability=0.0)
-    )
-    sample = draw_sample(drawn_brains([(9, 5)]), seed=5, settings=settings)
-    image, truth = sample.images[0].numpy(), sample.target.numpy()
+    image, truth = drawn_head()
     return image, truth, segment([(image, np.eye(4))], load_model())
 
 

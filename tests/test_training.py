@@ -7,13 +7,23 @@ import torch
 from matplotlib.image import imread
 from synthesis_phantoms import phantom
 
-from babyseg_bids.errors import InputError, UsageError
+from babyseg_bids.errors import InputError, ModelError, UsageError
 from babyseg_bids.network import load_model
+from babyseg_bids.network.compass import COMPASS_NETWORK, FORMAT
+from babyseg_bids.network.layout import quarter_turned, quarter_turns
 from babyseg_bids.network.unet import NetworkConfig
+from babyseg_bids.network.weights import read_network
+from babyseg_bids.synthesis.finetune import drawn_brains
 from babyseg_bids.synthesis.losses import dice_cross_entropy, hard_dice
 from babyseg_bids.synthesis.maps import save_maps
 from babyseg_bids.synthesis.optimiser import Muon, orthogonalise
-from babyseg_bids.synthesis.train import Stage, SyntheticBatches, Trainer, TrainingPlan
+from babyseg_bids.synthesis.train import (
+    Stage,
+    SyntheticBatches,
+    Trainer,
+    TrainingPlan,
+    compass_plan,
+)
 from babyseg_bids.synthesis.train_cli import DEFAULT_STAGES, main
 
 NETWORK = NetworkConfig(labels=28, encoder=(4, 4), decoder=(4, 4))
@@ -226,6 +236,11 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
         Trainer(other, tmp_path)
 
 
+@pytest.fixture(scope='module')
+def brains():
+    return drawn_brains([(9, 5)])
+
+
 def test_training_lowers_the_loss():
     torch.manual_seed(0)
     from babyseg_bids.network.unet import GroupUNet
@@ -301,3 +316,44 @@ def test_exported_weights_are_mixed_half_and_half_with_those_of_another_model(tm
     mixed.unlink()
     assert main([*export, 'default']) != 0 and not mixed.exists()
     assert 'another network' in capsys.readouterr().err
+
+
+def test_the_compass_sees_samples_after_several_quarter_turns(brains):
+    plan = compass_plan([Stage(8.0, (32, 32, 32), 4, 4)], seed=3)
+    images, target = SyntheticBatches(brains, plan, 0, 4)[2]
+    assert images.shape == (4, 1, 32, 32, 32) and target.shape == (4, 32, 32, 32)
+    assert all(target[i].unique().tolist() == [0, 1, 2, 3, 4] for i in range(4))
+    first, second = target[0], target[1]
+    same = [torch.equal(quarter_turned(first[None], t)[0], second) for t in quarter_turns()]
+    assert sum(same) == 1 and not same[0]
+    again = SyntheticBatches(brains, plan, 2, 4)[0]
+    assert torch.equal(images, again[0]) and torch.equal(target, again[1])
+
+
+def test_a_compass_needs_brains_and_cubes():
+    plan = compass_plan([Stage(6.0, (32, 32, 32), 2, 2)])
+    with pytest.raises(InputError, match='0 of 64 samples show enough of a brain'):
+        SyntheticBatches([phantom(3)], plan, 0, 2)[0]
+    with pytest.raises(UsageError, match='as long along each axis'):
+        compass_plan([Stage(6.0, (32, 48, 32), 2, 2)])
+
+
+def test_the_command_trains_and_exports_a_compass(tmp_path, brains):
+    maps, run, out = tmp_path / 'maps.npz', tmp_path / 'run', tmp_path / 'x.safetensors'
+    save_maps(maps, brains)
+    fit = ['fit', str(maps), '--compass', '--out', str(run), '--workers', '0']
+    threads = ['--threads', str(torch.get_num_threads())]
+    assert main([*fit, '--stage', '8.0:32x32x32:2:2', *threads]) == 0
+    assert main(['export', str(run), '--out', str(out)]) == 0
+    network, about = read_network(out, FORMAT)
+    assert network.config == COMPASS_NETWORK and about['training']['steps'] == 2
+    with pytest.raises(ModelError, match='not a babyseg model'):
+        load_model(out)
+
+
+def test_a_compass_segments_nothing(tmp_path, brains, capsys):
+    maps = tmp_path / 'maps.npz'
+    save_maps(maps, brains)
+    for option in (['--validate-every', '2'], ['--start-from', 'default']):
+        assert main(['fit', str(maps), '--compass', '--out', str(tmp_path / 'run'), *option]) == 2
+        assert f'leave {option[0]} out' in capsys.readouterr().err

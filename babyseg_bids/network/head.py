@@ -1,20 +1,17 @@
 """Where the head is in a volume and how it stands there: a first look, in wide voxels."""
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.resources import files
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from babyseg_bids.labels import LabelTable
 from babyseg_bids.network.boxes import Box, box_around, scaled
+from babyseg_bids.network.compass import Reading, read_compass
 from babyseg_bids.network.grid import WorkingGrid
+from babyseg_bids.network.layout import angle_of, quarter_turned, upright
 from babyseg_bids.network.looks import (
     background_of,
     exact,
@@ -33,31 +30,18 @@ from babyseg_bids.network.weights import Model
 WIDE = 2
 # Voxels around what may be brain that are looked at closely, too.
 _AROUND = 8
-# Centres of the structures in an average head that stands upright.
-LAYOUT = 'data/layout.tsv'
-# Structures smaller than this have no reliable centre, mm3; and fewer of them tell nothing.
-_SMALLEST, _FEWEST = 200.0, 8
 # Share of the structures' scatter about their common centre that the average head may leave
-# unexplained, of a head that can be put upright, and of one that contradicts the header.
-_MISFIT, _MISFIT_UPRIGHT = 0.3, 0.05
+# unexplained, of a head that can be put upright.
+_MISFIT = 0.3
 # How much that share counts against the probability of the labels (see `Head.score`), and the
-# score of a head that surely stands upright. Of 24 real scans of all ages 22 had at least 0.76
-# in the right direction. Of wrong ones of four scans, all that were tried, none that was off by
-# more than 45 degrees had more than 0.74; some that were off by 30 to 40 had.
+# score of a head that surely stands upright.
 _MISFIT_WEIGHT, _SURE = 2.0, 0.75
-# How much better the score has to be in a direction that contradicts the header: backwards, and
-# in one in which headers are hardly ever mistaken, where it has to be high besides. In noise,
-# wrong ones of the latter had up to 0.71 and were better by up to 0.03 (two scans); a right one,
-# of a child of 1 month, was better by 0.10, and backwards ones of three real scans by 0.11 on.
-_HEADER, _UNLIKELY_HEADER, _UNLIKELY = 0.02, 0.05, 0.7
-# With less brain than this, mm3, the header is believed: in fetuses of up to 29 weeks (to 140 mL)
-# structures lie otherwise than in the average head. Of seven real scans, from a fetus of 165 mL
-# on, turned by up to 150 degrees, the first look had at least 157 mL.
-_LEAST_BRAIN = 150_000.0
+# Misfit from which the compass is lost, and by how many degrees a head lies far from upright. Of
+# 273 cases (24 real scans and 15 of fetuses, turned in seven ways) none with a smaller misfit was
+# off by more than 27 degrees; of scans after birth none by more than 13, and none was lost.
+_LOST, _FAR = 0.15, 25.0
 # A head that stands upright within so many degrees is left as it stands.
 _UPRIGHT = 10.0
-# Of all quarter turns, in how many of the best the head is put upright.
-_TRIED = 2
 # How often a head is put upright at most: far from it, the first look is less exact.
 _TURNS = 3
 # Border around the brain of the volume in which it stands upright, mm.
@@ -139,63 +123,48 @@ def put_upright(
 ) -> Standing:
     """Find the head, and where it lies turned put the scans on a grid that is turned with it.
 
-    Headers are mistaken about directions now and then; LPS data stored as RAS, whose head faces
-    backwards, is the most common case. Where the head is not surely upright, that is tried, then
-    all other quarter turns. Each is a rotation, so that no side is mirrored. The direction with
-    the best score is taken.
+    The compass tells the direction. Headers are mistaken about it now and then; LPS data stored
+    as RAS, whose head faces backwards, is the most common case. Then the same voxels are taken in
+    another order: a rotation, so that no side is mirrored. Where the head does not surely stand
+    upright after that, the header's direction is tried, too, and the best score decides.
 
     Parameters
     ----------
     prepare : gives the scans (G, *size) in 0..1 on a grid; the last shows most of the head
     grid : in axes nearest to RAS
     """
+
+    def look(grid: WorkingGrid, scans: Tensor) -> Standing:
+        return Standing(scans, grid, find_head(scans, model, device=device))
+
     scans = prepare(grid)
-    ahead = Standing(scans, grid, find_head(scans, model, device=device))
-    best = _erected(ahead, prepare, model, device)
-    given = best.head.score
-    backwards, *others = _other_quarter_turns()
-    brain = scans[(slice(-1, None), *ahead.head.part)]
-    unlikely = max(given + _UNLIKELY_HEADER, _UNLIKELY)
-    for turns, lowest in (([backwards], given + _HEADER), (others, unlikely)):
-        if best.head.score > _SURE or ahead.head.brain < _LEAST_BRAIN:
+    lies = read_compass(scans[-1:], spacing=model.spacing, device=device)
+    found: list[Standing] = []
+    for towards in _directions(lies, grid, scans, prepare, model):
+        found.append(_erected(look(*towards), prepare, look))
+        if found[-1].head.score > _SURE:
             break
-        for turn in _most_promising(turns, brain, model, device):
-            turned = _quarter_turned(scans, turn)
-            seen = find_head(turned, model, device=device)
-            other = Standing(turned, _same_voxels(grid, turn), seen)
-            other = _erected(other, prepare, model, device)
-            upright_now = other.head.misfit < _MISFIT_UPRIGHT
-            if upright_now and other.head.score > max(lowest, best.head.score):
-                best = other
-    return best
+    return max(found, key=lambda standing: standing.head.score)
 
 
-def _most_promising(
-    turns: list[np.ndarray], scan: Tensor, model: Model, device: str
-) -> list[np.ndarray]:
-    """The few turns after which a scan (1, *size) of the brain has the best scores."""
-    if len(turns) <= _TRIED:
-        return turns
-    scores = [find_head(_quarter_turned(scan, t), model, device=device).score for t in turns]
-    return [turns[i] for i in sorted(range(len(turns)), key=lambda i: -scores[i])[:_TRIED]]
-
-
-def _other_quarter_turns() -> list[np.ndarray]:
-    """All rotations (3, 3) by quarter turns but none, the one that faces backwards first."""
-    turns = [
-        np.diag(signs).astype(float)[list(order)]
-        for order in itertools.permutations(range(3))
-        for signs in itertools.product((1, -1), repeat=3)
-    ]
-    proper = [t for t in turns if np.linalg.det(t) > 0 and not np.array_equal(t, np.eye(3))]
-    backwards = np.diag([-1.0, -1.0, 1.0])
-    return sorted(proper, key=lambda t: not np.array_equal(t, backwards))
-
-
-def _quarter_turned(scans: Tensor, turn: np.ndarray) -> Tensor:
-    """Scans (G, *size) after a rotation (3, 3) by quarter turns."""
-    axes, back = np.abs(turn).argmax(1), turn.sum(1) < 0
-    return scans.permute(0, *(1 + axes).tolist()).flip((1 + np.flatnonzero(back)).tolist())
+def _directions(
+    lies: Reading,
+    grid: WorkingGrid,
+    scans: Tensor,
+    prepare: Callable[[WorkingGrid], Tensor],
+    model: Model,
+) -> Iterator[tuple[WorkingGrid, Tensor]]:
+    """Grids to begin with, the likeliest first, and the scans (G, *size) on them."""
+    turn = lies.quarter_turn
+    if lies.misfit < _LOST:
+        # Far from upright a first look is less exact than the compass.
+        if angle_of(lies.rotation @ turn.T) > _FAR:
+            exactly = _turn(lies.rotation, lies.inside, model)
+            there = grid.turned(exactly.rotation, exactly.low, exactly.size)
+            yield there, prepare(there)
+        if angle_of(turn) > 1:
+            yield _same_voxels(grid, turn), quarter_turned(scans, turn)
+    yield grid, scans
 
 
 def _same_voxels(grid: WorkingGrid, turn: np.ndarray) -> WorkingGrid:
@@ -206,7 +175,9 @@ def _same_voxels(grid: WorkingGrid, turn: np.ndarray) -> WorkingGrid:
 
 
 def _erected(
-    given: Standing, prepare: Callable[[WorkingGrid], Tensor], model: Model, device: str
+    given: Standing,
+    prepare: Callable[[WorkingGrid], Tensor],
+    look: Callable[[WorkingGrid, Tensor], Standing],
 ) -> Standing:
     """Put a head upright, as far as that makes its score better."""
     best = latest = given
@@ -215,8 +186,7 @@ def _erected(
         if not turn:
             break
         grid = latest.grid.turned(turn.rotation, turn.low, turn.size)
-        scans = prepare(grid)
-        latest = Standing(scans, grid, find_head(scans, model, device=device))
+        latest = look(grid, prepare(grid))
         if latest.head.score > best.head.score:
             best = latest
     return best
@@ -279,73 +249,17 @@ def _find(scan: Tensor, model: Model, device: str, room: float) -> Head:
     turn = None
     if brain and misfit < _MISFIT and angle_of(rotation) > _UPRIGHT:
         where = factor * (inside.nonzero().double().cpu().numpy() + 0.5) - 0.5
-        turn = _turn(rotation, where, factor, model)
+        turn = _turn(rotation, where, model)
     return Head(part, near, turn, misfit, brain, certainty)
 
 
-def _turn(rotation: np.ndarray, inside: np.ndarray, factor: int, model: Model) -> Turn:
-    """Make room for a brain of wide voxels, whose indices (N, 3) in the volume are given."""
+def _turn(rotation: np.ndarray, inside: np.ndarray, model: Model) -> Turn:
+    """Make room for a brain, places (N, 3) in which are given as indices of the volume."""
     along = inside @ rotation.T
-    low, high = along.min(0) - factor / 2, along.max(0) + factor / 2
+    low, high = along.min(0), along.max(0)
     network: GroupUNet = model.network  # type: ignore[assignment]
     size = network.config.fitting(high - low + 2 * _BORDER / model.spacing)
     return Turn(rotation, (low + high - np.array(size) + 1) / 2, size)
-
-
-@cache
-def _layout() -> pd.DataFrame:
-    """Centre (x, y, z; mm, RAS) and volume (mm3) of each structure by FreeSurfer number."""
-    path = files('babyseg_bids').joinpath(LAYOUT)
-    with path.open() as f:
-        return pd.read_csv(f, sep='\t', index_col='index')
-
-
-def angle_of(rotation: np.ndarray, /) -> float:
-    """Angle of a rotation (3, 3), degrees."""
-    return float(np.rad2deg(np.arccos(np.clip((np.trace(rotation) - 1) / 2, -1, 1))))
-
-
-def upright(
-    posteriors: np.ndarray, labels: LabelTable, spacing: float, /
-) -> tuple[np.ndarray, float]:
-    """Rotation after which the structures lie as in an average head that stands upright.
-
-    It is that of the similarity which brings their centres closest to those of the average
-    (Umeyama, IEEE TPAMI 13(4), 1991), large structures counting more; never a reflection.
-    Cerebellum, brainstem and fourth ventricle, which fields of view cut off and masks leave out,
-    do not count.
-
-    Parameters
-    ----------
-    posteriors : (C, *size), of a volume in axes nearest to RAS
-    spacing : of the voxels, mm
-
-    Returns
-    -------
-    (3, 3), from the volume's axes to the upright head's, and the share of the centres' scatter
-    that stays unexplained; the identity and 1 where too few structures are seen
-    """
-    layout = _layout()
-    channels = [c for c, n in enumerate(labels.indices.tolist()) if n in layout.index]
-    seen = posteriors[channels].astype(np.float64)
-    mass = seen.sum((1, 2, 3))
-    volume = mass * spacing**3
-    expected = layout.loc[labels.indices[channels]]
-    weight = np.sqrt(np.minimum(volume, expected['volume'].to_numpy()))
-    weight[volume < _SMALLEST] = 0
-    if np.count_nonzero(weight) < _FEWEST:
-        return np.eye(3), 1.0
-    profiles = [seen.sum(tuple(a for a in (1, 2, 3) if a != axis)) for axis in (1, 2, 3)]
-    moments = [profile @ np.arange(profile.shape[1]) for profile in profiles]
-    centres = spacing * np.stack(moments, -1) / np.maximum(mass, 1e-12)[:, None]
-    weight = weight[:, None] / weight.sum()
-    wanted = expected[['x', 'y', 'z']].to_numpy()
-    found, wanted = (x - (weight * x).sum(0) for x in (centres, wanted))
-    u, stretch, vt = np.linalg.svd((weight * wanted).T @ found)
-    proper = np.array([1.0, 1.0, np.sign(np.linalg.det(u @ vt))])
-    scatter = (weight * found**2).sum() * (weight * wanted**2).sum()
-    misfit = 1 - (stretch * proper).sum() ** 2 / scatter
-    return (u * proper) @ vt, float(misfit)
 
 
 def _near(background: Tensor, size: Sequence[int], factor: int) -> Box | None:

@@ -1,6 +1,7 @@
 """Models on disk: safetensors weights that describe themselves, and the official checkpoints."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -64,16 +65,19 @@ def new_model(network: GroupUNet, **about: Any) -> Model:
 
 def save_model(path: Path, model: Model, /) -> None:
     """Write a model's weights as half-precision safetensors with its description."""
-    network: GroupUNet = model.network  # type: ignore[assignment]
-    description = {
-        'format': _FORMAT,
-        **{name: getattr(model, name) for name in _DESCRIBED},
-        'config': network.config.to_dict(),
-        'labels': model.labels.indices.tolist(),
-    }
+    description = {name: getattr(model, name) for name in _DESCRIBED}
+    description['labels'] = model.labels.indices.tolist()
+    write_network(path, model.network, _FORMAT, description)  # type: ignore[arg-type]
+
+
+def write_network(
+    path: Path, network: GroupUNet, kind: str, description: Mapping[str, Any], /
+) -> None:
+    """Write weights in half precision, with their architecture and a description."""
+    about = {'format': kind, **description, 'config': network.config.to_dict()}
     tensors = {k: v.detach().half().contiguous() for k, v in network.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={'babyseg': json.dumps(description)})
+    save_file(tensors, path, metadata={'babyseg': json.dumps(about)})
     # The library makes files that only their owner may read, which is no use in a container.
     path.chmod(0o644)
 
@@ -96,6 +100,20 @@ def load_model(name: str | Path = 'default', /) -> Model:
         )
     if is_official(path):
         return _official(path)
+    network, description = read_network(path, _FORMAT)
+    if description['labels'] != label_table().indices.tolist():
+        raise ModelError(f'{path} was trained for another label table; use the matching version.')
+    return new_model(network, **{name: description[name] for name in _DESCRIBED})
+
+
+def read_network(path: Path, kind: str, /) -> tuple[GroupUNet, dict[str, Any]]:
+    """A network to apply, of a file of that format, and its description.
+
+    Raises
+    ------
+    ModelError
+        If the file is damaged or of another kind.
+    """
     try:
         with safe_open(path, framework='pt') as f:
             description = json.loads((f.metadata() or {}).get('babyseg', '{}'))
@@ -104,20 +122,17 @@ def load_model(name: str | Path = 'default', /) -> Model:
         raise ModelError(
             f'{path} cannot be read as model weights ({e}); copy or download it again.'
         ) from e
-    if description.get('format') != _FORMAT:
+    if description.get('format') != kind:
         raise ModelError(
             f'{path} is not a babyseg model of this version; give a .safetensors file that '
             '`babyseg-train export` wrote, or the official checkpoint (.pt).'
         )
-    if description['labels'] != label_table().indices.tolist():
-        raise ModelError(f'{path} was trained for another label table; use the matching version.')
     network = GroupUNet(NetworkConfig(**description['config']))
     try:
         network.load_state_dict(tensors)
     except RuntimeError as e:
         raise ModelError(f'The weights in {path} do not fit its own description: {e}') from e
-    network.eval().requires_grad_(False)
-    return new_model(network, **{name: description[name] for name in _DESCRIBED})
+    return network.eval().requires_grad_(False), description
 
 
 def _official(path: Path) -> Model:

@@ -126,7 +126,8 @@ def put_upright(
     The compass tells the direction. Headers are mistaken about it now and then; LPS data stored
     as RAS, whose head faces backwards, is the most common case. Then the same voxels are taken in
     another order: a rotation, so that no side is mirrored. Where the head does not surely stand
-    upright after that, the header's direction is tried, too, and the best score decides.
+    upright after that, the scans are resampled exactly as the compass says, and the better score
+    decides. Where the compass is lost, the header is believed.
 
     Parameters
     ----------
@@ -155,20 +156,25 @@ def _directions(
     model: Model,
 ) -> Iterator[tuple[WorkingGrid, Tensor]]:
     """Grids to begin with, the likeliest first, and the scans (G, *size) on them."""
+    if lies.misfit >= _LOST:
+        yield grid, scans
+        return
     turn = lies.quarter_turn
-    if lies.misfit < _LOST:
-        # Far from upright a first look is less exact than the compass.
-        if angle_of(lies.rotation @ turn.T) > _FAR:
-            exactly = _turn(lies.rotation, lies.inside, model)
-            there = grid.turned(exactly.rotation, exactly.low, exactly.size)
-            yield there, prepare(there)
-        if angle_of(turn) > 1:
-            yield _same_voxels(grid, turn), quarter_turned(scans, turn)
-    yield grid, scans
+    # Far from upright a first look is less exact than the compass.
+    far = angle_of(lies.rotation @ turn.T) > _FAR
+    if not far:
+        yield _same_voxels(grid, turn), quarter_turned(scans, turn)
+    exactly = _turn(lies.rotation, lies.inside, model)
+    there = grid.turned(exactly.rotation, exactly.low, exactly.size)
+    yield there, prepare(there)
+    if far:
+        yield _same_voxels(grid, turn), quarter_turned(scans, turn)
 
 
 def _same_voxels(grid: WorkingGrid, turn: np.ndarray) -> WorkingGrid:
-    """The grid of scans after that rotation."""
+    """The grid of scans after a rotation (3, 3) by quarter turns; itself after none."""
+    if np.array_equal(turn, np.eye(3)):
+        return grid
     size = np.array(grid.size)[np.abs(turn).argmax(1)]
     low = np.where(turn.sum(1) < 0, 1 - size, 0)
     return grid.turned(turn, low, size.tolist())

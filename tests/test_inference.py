@@ -458,6 +458,8 @@ def test_too_small_a_gpu_tries_blocks_then_the_cpu_and_says_so(patches, monkeypa
             raise torch.OutOfMemoryError
         return real(scans, part, model, device, room, both_sides)
 
+    read = head.read_compass
+    monkeypatch.setattr(head, 'read_compass', lambda x, *, spacing, **_: read(x, spacing=spacing))
     monkeypatch.setattr(head, '_find', lambda x, model, _, room: find(x, model, 'cpu', room))
     monkeypatch.setattr(prediction, '_predict', small)
     monkeypatch.setattr(looks, 'free_memory', lambda _: 2.0)

@@ -94,7 +94,6 @@ class TrainingPlan:
         much again: the network also has to find the head at a glance (see `head`)
     enlarged : share of the samples of the other steps whose brains have volumes around that which
         `head.enlarged` gives them at inference (`AnatomySettings.volume`)
-    compass : train the network that tells the direction of a head (see `compass_plan`)
     """
 
     stages: tuple[Stage, ...]
@@ -110,7 +109,6 @@ class TrainingPlan:
     checkpointing: bool = False
     wide: float = 0.15
     enlarged: float = 0.8
-    compass: bool = False
 
     def __post_init__(self) -> None:
         for stage in self.stages:
@@ -120,6 +118,11 @@ class TrainingPlan:
                     f'A training stage has the size {"x".join(map(str, stage.size))}; the network '
                     f'needs multiples of {multiple} there.'
                 )
+
+    @property
+    def compass(self) -> bool:
+        """Whether it is the network that tells the direction of a head (see `compass_plan`)."""
+        return self.network == COMPASS_NETWORK
 
     @property
     def steps(self) -> int:
@@ -151,9 +154,7 @@ def compass_plan(stages: Sequence[Stage], /, **about: Any) -> TrainingPlan:
         anatomy=replace(synthesis.anatomy, rotation_deg=_COMPASS_TURN),
         group_shares=(1.0,),
     )
-    return TrainingPlan(
-        tuple(stages), network=COMPASS_NETWORK, synthesis=synthesis, compass=True, **about
-    )
+    return TrainingPlan(tuple(stages), network=COMPASS_NETWORK, synthesis=synthesis, **about)
 
 
 class SyntheticBatches(Dataset):

@@ -22,7 +22,7 @@ from babyseg_bids.network.layout import (
     rotation_between,
     upright_labels,
 )
-from babyseg_bids.network.looks import exact
+from babyseg_bids.network.looks import averaged_blocks, exact, fitted
 from babyseg_bids.network.masks import islands
 from babyseg_bids.network.unet import GroupUNet, NetworkConfig
 from babyseg_bids.network.weights import read_network
@@ -36,7 +36,7 @@ SPACING = 4.0
 # Voxels along each axis of what it looks at closely, as in training, and the quarter turns after
 # which it does.
 _EXTENT, _VIEWS = 48, (0, 5, 10, 18)
-# Where the quarters of an average brain have their centres, mm; below behind, above behind, ...
+# About where the quarters of a brain have their centres: below behind, above behind, ...
 _CENTRES = np.array([[0.0, y, z] for y in (-1, 1) for z in (-1, 1)]) * [0, 40, 28]
 # Share of the scatter of a label map's structures that may stay unexplained by an average head.
 _MISFIT = 0.1
@@ -98,7 +98,7 @@ def read_compass(
     """
     network = (network or _shipped()).to(device, memory_format=torch.channels_last_3d)
     factor = max(1, round(SPACING / spacing))
-    small = F.avg_pool3d(scan.to(device)[None], factor, ceil_mode=True, count_include_pad=False)[0]
+    small = averaged_blocks(scan.to(device), factor)
     seen, start = small, torch.zeros(3, dtype=torch.int64)
     for turns in (quarter_turns()[:1], quarter_turns()[:1], [quarter_turns()[i] for i in _VIEWS]):
         posteriors = _posteriors(seen, network, turns)
@@ -125,9 +125,8 @@ def _around(scan: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
 
 def _posteriors(scan: Tensor, network: GroupUNet, turns: Sequence[np.ndarray]) -> Tensor:
     """Mean posteriors (5, *size) of a scan (1, *size) that is seen after some quarter turns."""
-    size = scan.shape[1:]
-    beyond = [after - n for n, after in zip(size, network.config.fitting(size), strict=True)]
-    scan = F.pad(scan, [n for after in reversed(beyond) for n in (0, after)])
+    x, y, z = scan.shape[1:]
+    scan = fitted(scan, network)
     total = None
     with exact():
         for turn in turns:
@@ -135,7 +134,6 @@ def _posteriors(scan: Tensor, network: GroupUNet, turns: Sequence[np.ndarray]) -
             seen = quarter_turned(logits.softmax(0), turn.T)
             total = seen if total is None else total + seen
     assert total is not None
-    x, y, z = size
     return (total / len(turns))[:, :x, :y, :z]
 
 

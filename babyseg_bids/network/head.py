@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from babyseg_bids.network.boxes import Box, box_around, scaled
@@ -13,8 +12,10 @@ from babyseg_bids.network.compass import Reading, read_compass
 from babyseg_bids.network.grid import WorkingGrid
 from babyseg_bids.network.layout import angle_of, quarter_turned, upright
 from babyseg_bids.network.looks import (
+    averaged_blocks,
     background_of,
     exact,
+    fitted,
     in_room,
     look,
     mean_logits,
@@ -234,10 +235,7 @@ def _find(scan: Tensor, model: Model, device: str, room: float) -> Head:
     patch = network.config.patch
     factor = patch * WIDE
     scan = scan.to(device)
-    small = F.avg_pool3d(scan[None], WIDE, ceil_mode=True, count_include_pad=False)[0]
-    size = small.shape[1:]
-    beyond = [after - n for n, after in zip(size, network.config.fitting(size), strict=True)]
-    small = F.pad(small, [n for after in reversed(beyond) for n in (0, after)])
+    small = fitted(averaged_blocks(scan, WIDE), network)
     with exact():
         logits = mean_logits([look(small, model, most_voxels(room, model, 1))])
     likely = softmax(logits, model)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from babyseg_bids.network.boxes import Box, overlapping, ramp, scaled
@@ -64,6 +65,18 @@ def exact() -> AbstractContextManager[None]:
         enabled=True, deterministic=True, allow_tf32=False
     )
     return flags
+
+
+def averaged_blocks(scan: Tensor, width: int, /) -> Tensor:
+    """The mean of blocks of a scan (1, *size); those at its end may be smaller."""
+    return F.avg_pool3d(scan[None], width, ceil_mode=True, count_include_pad=False)[0]
+
+
+def fitted(scan: Tensor, network: GroupUNet, /) -> Tensor:
+    """A scan (1, *size) with as much background behind it as the network asks for."""
+    size = scan.shape[1:]
+    beyond = [after - n for n, after in zip(size, network.config.fitting(size), strict=True)]
+    return F.pad(scan, [n for after in reversed(beyond) for n in (0, after)])
 
 
 def _bytes_a_voxel(model: Model, scans: int) -> int:

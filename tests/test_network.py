@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from babyseg_bids.errors import ModelError
+from babyseg_bids.network.convolution import convolve, convolve_upsampled
 from babyseg_bids.network.layers import (
     Activation,
     GroupConv,
     InstanceNorm,
     concatenate,
-    convolve_upsampled,
     flat,
     from_patches,
     max_pool,
@@ -257,8 +257,8 @@ def test_the_official_network_in_blocks_equals_the_whole(dim, block, add, monkey
     network = official_network(config, weights)
     x = torch.rand(2, 3, *[24] * dim)
     whole = network(x)
-    monkeypatch.setattr('babyseg_bids.network.layers._BLOCK', block)
-    monkeypatch.setattr('babyseg_bids.network.layers._WORTH', 0)
+    monkeypatch.setattr('babyseg_bids.network.convolution._BLOCK', block)
+    monkeypatch.setattr('babyseg_bids.network.convolution._WORTH', 0)
     with torch.no_grad():
         torch.testing.assert_close(network(x), whole)
 
@@ -270,3 +270,21 @@ def test_a_convolution_of_what_is_upsampled_follows_its_definition(size):
     convolution = (torch.conv1d, torch.conv2d, torch.conv3d)[len(size) - 1]
     expected = convolution(upsample(x[:, None])[:, 0], weight, padding=1)
     torch.testing.assert_close(convolve_upsampled(x, weight), expected)
+
+
+@pytest.mark.parametrize('size', [(1, 1, 1), (2, 3, 1), (4, 4, 4), (5, 1, 7), (6, 7, 3), (9, 8, 5)])
+@pytest.mark.parametrize('rows', [1, 3, 100])
+@pytest.mark.parametrize('shifted', [True, False])
+def test_a_convolution_in_half_the_multiplications_follows_its_definition(
+    size, rows, shifted, monkeypatch
+):
+    torch.manual_seed(3)
+    x, weight = torch.randn(1, 32, *size), torch.randn(48, 32, 3, 3, 3) / 30
+    bias = shifted * torch.randn(48)
+    monkeypatch.setattr('babyseg_bids.network.convolution._CACHE', rows * size[2] * 80 * 6 * 4)
+    monkeypatch.setattr('babyseg_bids.network.convolution._VALUES', 0)
+    with torch.no_grad():
+        found = convolve(x, weight, bias if shifted else None)
+    exact = torch.conv3d(x.double(), weight.double(), bias.double(), padding=1)
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-5)

@@ -4,19 +4,14 @@ B is the batch, G the number of scans of one child, C the channels and `size` on
 dimensions. Every layer is equivariant to a permutation of the scans and defined for one scan.
 """
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+from babyseg_bids.network.convolution import convolve, convolve_joined, upsampled
+
 _CONV_MODULE: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-# What is up-sampled before a convolution is treated in blocks of so many voxels along each axis.
-# With fewer channels than `_WORTH` the additions take what the multiplications save.
-_BLOCK, _WORTH = 10, 64
-_LINEAR = {1: 'linear', 2: 'bilinear', 3: 'trilinear'}
 
 
 def flat(x: Tensor, /) -> Tensor:
@@ -193,55 +188,6 @@ def mean_over_scans(x: Tensor, /) -> Tensor:
     return x if groups == 1 else total_over_scans(x)[:, None] / groups
 
 
-def _direct(x: Tensor) -> bool:
-    """Whether oneDNN is called directly: on a CPU, without gradients."""
-    on_cpu = x.device.type == 'cpu' and torch.backends.mkldnn.is_available()
-    return on_cpu and not torch.is_grad_enabled()
-
-
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve (B, C, *size) with a kernel (outputs, C, width, ...), 'same' padding."""
-    dim, width = x.ndim - 2, weight.shape[-1]
-    padding = width // 2
-    if _direct(x):
-        # For a single image with few channels torch would choose a slow convolution that leaves
-        # the channels-last layout.
-        return torch.mkldnn_convolution(x, weight, bias, [padding] * dim, [1] * dim, [1] * dim, 1)
-    if width == 1:
-        # torch's convolution would convert layouts.
-        return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
-    return _CONV[dim](x, weight, bias, padding=padding)
-
-
-def convolve_joined(
-    x: Tensor, coarse: Tensor | None = None, /, *, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    """`convolve` (B, C, *size) with (B, C', *size / 2), up-sampled, joined behind it.
-
-    Parameters
-    ----------
-    weight : (outputs, C + C', 3, ...)
-    """
-    if coarse is None:
-        return convolve(x, weight, bias)
-    if not _direct(x) or coarse.shape[1] < _WORTH:
-        fine = concatenate(x[:, None], upsample(coarse[:, None]))
-        return convolve(flat(fine), weight, bias)
-    own, upsampled = weight.split((x.shape[1], coarse.shape[1]), dim=1)
-    out = convolve(x, own, bias)
-    size = coarse.shape[2:]
-    for corner in itertools.product(*(range(0, n, _BLOCK) for n in size)):
-        # With the neighbours that interpolation and kernel reach.
-        seen, inner, fine = [], [], []
-        for start, n in zip(corner, size, strict=True):
-            stop, low = min(start + _BLOCK, n), max(0, start - 1)
-            seen.append(slice(low, min(n, stop + 1)))
-            inner.append(slice(2 * (start - low), 2 * (stop - low)))
-            fine.append(slice(2 * start, 2 * stop))
-        out[(..., *fine)] += convolve_upsampled(coarse[(..., *seen)], upsampled)[(..., *inner)]
-    return out
-
-
 def max_pool(x: Tensor, /) -> Tensor:
     """Halve (B, G, C, *size) along every spatial dimension by the maximum of each 2-wide block."""
     return grouped(_MAX_POOL[x.ndim - 3](flat(x), 2), x.shape[1])
@@ -249,56 +195,7 @@ def max_pool(x: Tensor, /) -> Tensor:
 
 def upsample(x: Tensor, /) -> Tensor:
     """Double (B, G, C, *size) along every spatial dimension, (bi-/tri-)linearly."""
-    y = F.interpolate(flat(x), scale_factor=2, mode=_LINEAR[x.ndim - 3], align_corners=False)
-    return grouped(y, x.shape[1])
-
-
-def convolve_upsampled(x: Tensor, weight: Tensor, /) -> Tensor:
-    """Up-sample (B, C, *size) as `upsample` does, then convolve with a kernel 3 wide, zero-padded.
-
-    Both act on space and on channels separately, so the channels are mixed first, at the coarse
-    size, once for each voxel of the kernel; then each axis in turn is up-sampled and its three
-    shifts are added. In three dimensions that is an eighth of the multiplications. It pays on
-    blocks that stay in the processor's cache.
-
-    Parameters
-    ----------
-    weight : (outputs, C, 3, ...)
-
-    Returns
-    -------
-    (B, outputs, *twice the size)
-    """
-    dim = x.ndim - 2
-    taps = weight.movedim((0, 1), (-2, -1)).reshape(-1, x.shape[1])
-    # In one piece, or torch would multiply row by row.
-    y = F.linear(x.movedim(1, -1).contiguous(), taps)
-    for axis in range(dim):
-        y = _shifts_upsampled(y.unflatten(-1, (3, -1)).movedim(1 + axis, 0)).movedim(0, 1 + axis)
-    return y.movedim(-1, 1)
-
-
-def _shifts_upsampled(x: Tensor) -> Tensor:
-    """(N, ..., 3, C), up-sampled along the first axis, shifted by one either way, and added.
-
-    The result is (2 N, ..., C): element m is that of the first of three at m - 1, of the second at
-    m and of the third at m + 1, where there are such.
-    """
-    first, middle, last = x.unbind(-2)
-    out = first.new_empty((len(x), 2, *first.shape[1:]))
-    even, odd = out.unbind(1)
-    torch.add(middle, last, out=even).mul_(0.75).add_(first, alpha=0.25)
-    even[1:].add_(first[:-1], alpha=0.75).add_(middle[:-1], alpha=0.25)
-    even[:-1].add_(last[1:], alpha=0.25)
-    torch.add(first, middle, out=odd).mul_(0.75).add_(last, alpha=0.25)
-    odd[1:].add_(first[:-1], alpha=0.25)
-    odd[:-1].add_(middle[1:], alpha=0.25).add_(last[1:], alpha=0.75)
-    # At the ends up-sampling extends the values, and beyond them is zero.
-    even[:1].add_(middle[:1], alpha=0.25).sub_(first[:1], alpha=0.25)
-    even[-1:].add_(last[-1:], alpha=0.25)
-    odd[:1].add_(first[:1], alpha=0.25)
-    odd[-1:].add_(middle[-1:], alpha=0.25).sub_(last[-1:], alpha=0.25)
-    return out.flatten(0, 1)
+    return grouped(upsampled(flat(x)), x.shape[1])
 
 
 def concatenate(*tensors: Tensor) -> Tensor:

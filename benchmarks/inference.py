@@ -111,8 +111,7 @@ def measure(row: str, scans: int, threads: int, size: tuple[int, int, int]) -> d
 
         def run() -> object:
             # As `segment` does with the official network.
-            keep = row == 'our engine' and scans == 1
-            kept = freed_memory_kept() if keep else nullcontext()
+            kept = freed_memory_kept() if row == 'our engine' else nullcontext()
             with torch.inference_mode(), kept:
                 return network(x)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from babyseg_bids.errors import ModelError
-from babyseg_bids.network.convolution import convolve, convolve_upsampled
+from babyseg_bids.network.convolution import convolve, convolve_joined
 from babyseg_bids.network.layers import (
     Activation,
     GroupConv,
@@ -51,6 +51,18 @@ def test_group_convolution_follows_its_definition(dim, scans, learning):
     with torch.set_grad_enabled(learning):
         torch.testing.assert_close(layer(x), expected, atol=1e-6, rtol=1e-5)
     assert torch.equal(x, given)
+
+
+@pytest.mark.parametrize('scans', [1, 2, 3])
+@pytest.mark.parametrize('coarse', [0, 64])
+def test_a_wide_group_convolution_follows_its_definition(scans, coarse, monkeypatch):
+    monkeypatch.setattr('babyseg_bids.network.convolution._VALUES', 0)
+    layer = GroupConv(3, 32 + coarse, 32)
+    x = torch.randn(1, scans, 32, 6, 10, 8)
+    below = torch.randn(1, scans, coarse, 3, 5, 4) if coarse else None
+    expected = layer(x, below)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, below), expected, atol=2e-5, rtol=1e-5)
 
 
 def test_one_scan_is_treated_as_two_copies_of_it():
@@ -263,16 +275,20 @@ def test_the_official_network_in_blocks_equals_the_whole(dim, block, add, monkey
         torch.testing.assert_close(network(x), whole)
 
 
-@pytest.mark.parametrize('size', [(1,), (7,), (5, 1), (4, 6), (3, 4, 5)])
-def test_a_convolution_of_what_is_upsampled_follows_its_definition(size):
-    x = torch.randn(2, 6, *size, dtype=torch.float64)
-    weight = torch.randn(4, 6, *[3] * len(size), dtype=torch.float64)
-    convolution = (torch.conv1d, torch.conv2d, torch.conv3d)[len(size) - 1]
-    expected = convolution(upsample(x[:, None])[:, 0], weight, padding=1)
-    torch.testing.assert_close(convolve_upsampled(x, weight), expected)
+@pytest.mark.parametrize('size', [(1, 1, 1), (7, 1, 2), (3, 4, 5), (11, 12, 21)])
+def test_a_convolution_of_what_is_upsampled_follows_its_definition(size, monkeypatch):
+    torch.manual_seed(4)
+    monkeypatch.setattr('babyseg_bids.network.convolution._WORTH', 0)
+    x, coarse = torch.randn(2, 3, *[2 * n for n in size]), torch.randn(2, 6, *size)
+    weight, bias = torch.randn(4, 9, 3, 3, 3) / 15, torch.randn(4)
+    with torch.no_grad():
+        found = convolve_joined(x, coarse, weight=weight, bias=bias)
+    fine = torch.cat([x, upsample(coarse[:, None])[:, 0]], dim=1)
+    exact = torch.conv3d(fine.double(), weight.double(), bias.double(), padding=1)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize('size', [(1, 1, 1), (2, 3, 1), (4, 4, 4), (5, 1, 7), (6, 7, 3), (9, 8, 5)])
+@pytest.mark.parametrize('size', [(1, 1, 1), (4, 4, 4), (5, 1, 7), (6, 7, 3), (9, 8, 5)])
 @pytest.mark.parametrize('rows', [1, 3, 100])
 @pytest.mark.parametrize('shifted', [True, False])
 def test_a_convolution_in_half_the_multiplications_follows_its_definition(

@@ -2,10 +2,11 @@
 
 Without gradients on a CPU oneDNN is called directly. There a kernel of three dimensions is reduced
 to one of two along the first axis (`_along_first`), and what was up-sampled just before a
-convolution is convolved at its coarse size (`convolve_upsampled`).
+convolution is convolved at its coarse size (`_add_upsampled`).
 """
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -32,15 +33,28 @@ def _direct(x: Tensor) -> bool:
     return on_cpu and not torch.is_grad_enabled()
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve (B, C, *size) with a kernel (outputs, C, width, ...), 'same' padding."""
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor | None = None
+) -> Tensor:
+    """Convolve (B, C, *size) with a kernel (outputs, C, width, ...), 'same' padding.
+
+    Parameters
+    ----------
+    out : where the result is written to, (B, outputs, *size), without gradients
+    """
+    found = _convolved(x, weight, bias, out)
+    return found if out is None or found is out else out.copy_(found)
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """`convolve`, whose result is in `out` only where that saves memory."""
     dim, width = x.ndim - 2, weight.shape[-1]
     padding = width // 2
     if _direct(x):
         pairs = weight.shape[0] * weight.shape[1]
         large = pairs >= _PAIRS and x.numel() >= _VALUES
         if large and len(x) == 1 and weight.shape[2:] == (3, 3, 3):
-            return _along_first(x, weight, bias)
+            return _along_first(x, weight, bias, out)
         # For a single image with few channels torch would choose a slow convolution that leaves
         # the channels-last layout.
         return torch.mkldnn_convolution(x, weight, bias, [padding] * dim, [1] * dim, [1] * dim, 1)
@@ -78,7 +92,9 @@ def _transforms() -> tuple[Tensor, Tensor, Tensor]:
 _INPUTS, _KERNEL, _OUTPUTS = _transforms()
 
 
-def _along_first(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _along_first(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None
+) -> Tensor:
     """`convolve` (1, C, X, Y, Z) with a kernel 3 x 3 x 3, in half the multiplications.
 
     Four neighbours along X follow from six convolutions along Y and Z (see `_transforms`). The
@@ -94,9 +110,11 @@ def _along_first(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # At the point 1 a value counts once in each output.
     biases = [bias if point == 1 else None for point in (*_POINTS, np.inf)]
     products = len(kernels)
-    # With its batch from the start: one that is added later has a stride by which torch no longer
-    # knows the channels-last layout.
-    out = slices.new_empty((1, length, height, depth, outputs))
+    if out is None:
+        # With its batch from the start: one that is added later has a stride by which torch no
+        # longer knows the channels-last layout.
+        out = slices.new_empty((1, length, height, depth, outputs)).movedim(-1, 1)
+    sums = out[0].movedim(0, -1)
     # Rows of Y that are in the cache together, with one before and one after them.
     row = depth * (channels + outputs) * products * slices.element_size()
     blocks = -(-height // max(1, _CACHE // row))
@@ -116,13 +134,19 @@ def _along_first(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
                 image = image.movedim(-1, 0)[None]
                 image = torch.mkldnn_convolution(image, kernel, shift, [0, 1], [1, 1], [1, 1], 1)
                 product.copy_(image[0].movedim(0, -1))
-            part = out[0, start : start + _TILE, top:bottom].flatten(1)
-            torch.mm(_OUTPUTS[: len(part)], made.flatten(1), out=part)
-    return out.movedim(-1, 1)
+            part = sums[start : start + _TILE, top:bottom]
+            torch.mm(_OUTPUTS[: len(part)], made.flatten(1), out=part.view(len(part), -1))
+    return out
 
 
 def convolve_joined(
-    x: Tensor, coarse: Tensor | None = None, /, *, weight: Tensor, bias: Tensor | None
+    x: Tensor,
+    coarse: Tensor | None = None,
+    /,
+    *,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`convolve` (B, C, *size) with (B, C', *size / 2), up-sampled, joined behind it.
 
@@ -131,21 +155,14 @@ def convolve_joined(
     weight : (outputs, C + C', 3, ...)
     """
     if coarse is None:
-        return convolve(x, weight, bias)
-    if not _direct(x) or coarse.shape[1] < _WORTH:
-        return convolve(torch.cat([x, upsampled(coarse)], dim=1), weight, bias)
+        return convolve(x, weight, bias, out=out)
+    if not _direct(x) or x.ndim < 5 or coarse.shape[1] < _WORTH:
+        joined = torch.cat([x, upsampled(coarse)], dim=1)
+        return convolve(joined, weight, bias, out=out)
     own, behind = weight.split((x.shape[1], coarse.shape[1]), dim=1)
-    out = convolve(x, own, bias)
-    size = coarse.shape[2:]
-    for corner in itertools.product(*(range(0, n, _BLOCK) for n in size)):
-        # With the neighbours that interpolation and kernel reach.
-        seen, inner, fine = [], [], []
-        for start, n in zip(corner, size, strict=True):
-            stop, low = min(start + _BLOCK, n), max(0, start - 1)
-            seen.append(slice(low, min(n, stop + 1)))
-            inner.append(slice(2 * (start - low), 2 * (stop - low)))
-            fine.append(slice(2 * start, 2 * stop))
-        out[(..., *fine)] += convolve_upsampled(coarse[(..., *seen)], behind)[(..., *inner)]
+    out = convolve(x, own, bias, out=out)
+    for sums, one in zip(out, coarse, strict=True):
+        _add_upsampled(sums, one, behind)
     return out
 
 
@@ -154,49 +171,49 @@ def upsampled(x: Tensor, /) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode=_LINEAR[x.ndim - 2], align_corners=False)
 
 
-def convolve_upsampled(x: Tensor, weight: Tensor, /) -> Tensor:
-    """Up-sample (B, C, *size) as `upsample` does, then convolve with a kernel 3 wide, zero-padded.
+def _add_upsampled(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Add to `out` (outputs, *twice the size) the convolution of (C, *size), up-sampled.
 
-    Both act on space and on channels separately, so the channels are mixed first, at the coarse
-    size, once for each voxel of the kernel; then each axis in turn is up-sampled and its three
-    shifts are added. In three dimensions that is an eighth of the multiplications. It pays on
-    blocks that stay in the processor's cache.
+    Up-sampling and kernel both act on space and on channels separately, so the channels are mixed
+    first, at the coarse size, once for each voxel of the kernel; then each axis in turn is
+    up-sampled and shifted. In three dimensions that is an eighth of the multiplications. It pays
+    on blocks that stay in the processor's cache.
 
     Parameters
     ----------
-    weight : (outputs, C, 3, ...)
-
-    Returns
-    -------
-    (B, outputs, *twice the size)
+    weight : (outputs, C, 3, 3, 3)
     """
-    dim = x.ndim - 2
-    taps = weight.movedim((0, 1), (-2, -1)).reshape(-1, x.shape[1])
-    # In one piece, or torch would multiply row by row.
-    y = F.linear(x.movedim(1, -1).contiguous(), taps)
-    for axis in range(dim):
-        y = _shifts_upsampled(y.unflatten(-1, (3, -1)).movedim(1 + axis, 0)).movedim(0, 1 + axis)
-    return y.movedim(-1, 1)
+    fine, coarse = out.movedim(0, -1), x.movedim(0, -1)
+    size = coarse.shape[:3]
+    # As the blocks need them: places along Y, along X, channels, then along Z with the outputs.
+    taps = weight.permute(3, 2, 1, 4, 0).flatten(3).contiguous()
+    along = [_shifted_upsampling(n) for n in size]
+    for corner in itertools.product(*(range(0, n, _BLOCK) for n in size)):
+        made, seen, matrices = [], [], []
+        for start, n, matrix in zip(corner, size, along, strict=True):
+            stop = min(start + _BLOCK, n)
+            made.append(slice(2 * start, 2 * stop))
+            # With the neighbours that interpolation and kernel reach.
+            seen.append(slice(max(0, start - 1), min(n, stop + 1)))
+            matrices.append(matrix[made[-1], :, seen[-1]])
+        fine[tuple(made)] += _convolved_block(coarse[tuple(seen)], taps, matrices)
 
 
-def _shifts_upsampled(x: Tensor) -> Tensor:
-    """(N, ..., 3, C), up-sampled along the first axis, shifted by one either way, and added.
+def _convolved_block(block: Tensor, taps: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """A block (X, Y, Z, C) for `_add_upsampled`, with the `_shifted_upsampling` of each axis."""
+    length, height, depth, channels = block.shape
+    first, second, third = matrices
+    mixed = torch.matmul(block.reshape(-1, channels), taps)
+    wide = torch.matmul(first.flatten(1), mixed.view(3, 3 * length, -1)).transpose(0, 1)
+    wide = torch.matmul(second.flatten(1), wide.reshape(len(first), 3 * height, -1))
+    wide = wide.view(len(first), len(second), 3 * depth, -1)
+    return torch.matmul(third.transpose(1, 2).flatten(1), wide)
 
-    The result is (2 N, ..., C): element m is that of the first of three at m - 1, of the second at
-    m and of the third at m + 1, where there are such.
+
+def _shifted_upsampling(n: int) -> Tensor:
+    """Matrix (2 n, 3, n) that up-samples n values and shifts them by one back, none, and one on.
+
+    What is shifted in is zero.
     """
-    first, middle, last = x.unbind(-2)
-    out = first.new_empty((len(x), 2, *first.shape[1:]))
-    even, odd = out.unbind(1)
-    torch.add(middle, last, out=even).mul_(0.75).add_(first, alpha=0.25)
-    even[1:].add_(first[:-1], alpha=0.75).add_(middle[:-1], alpha=0.25)
-    even[:-1].add_(last[1:], alpha=0.25)
-    torch.add(first, middle, out=odd).mul_(0.75).add_(last, alpha=0.25)
-    odd[1:].add_(first[:-1], alpha=0.25)
-    odd[:-1].add_(middle[1:], alpha=0.25).add_(last[1:], alpha=0.75)
-    # At the ends up-sampling extends the values, and beyond them is zero.
-    even[:1].add_(middle[:1], alpha=0.25).sub_(first[:1], alpha=0.25)
-    even[-1:].add_(last[-1:], alpha=0.25)
-    odd[:1].add_(first[:1], alpha=0.25)
-    odd[-1:].add_(middle[-1:], alpha=0.25).sub_(last[-1:], alpha=0.25)
-    return out.flatten(0, 1)
+    doubled = upsampled(torch.eye(n)[None])[0].t()
+    return F.pad(doubled, (0, 0, 1, 1)).unfold(0, 2 * n, 1).movedim(-1, 0)

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,9 +114,7 @@ def _segment(
     """`segment` on one device."""
     image, affine = scans[0]
     turned, degrees = False, 0.0
-    # Of the official network, several scans would leave holes of gigabytes in what is kept.
-    kept = nullcontext() if model.official and len(scans) > 1 else freed_memory_kept()
-    with torch.inference_mode(), kept:
+    with torch.inference_mode(), freed_memory_kept():
         if model.official:
             prepared, grid = conform(scans, device=device)
             posteriors = predict_official(prepared, model, device=device)

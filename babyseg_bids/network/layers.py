@@ -74,22 +74,29 @@ class GroupConv(nn.Module):
 
     def _each(self, x: Tensor, coarse: Tensor | None) -> Tensor:
         """`forward` of several scans without gradients."""
+        groups = x.shape[1]
         inputs = [f for f in (x, coarse) if f is not None]
         # The means, for what all scans have in common; then the differences, in the same memory.
         parts = [mean_over_scans(f)[:, 0] for f in inputs]
         weight, bias = self.folded()
-        common = convolve_joined(*parts, weight=weight, bias=bias)
-        out = common.new_empty((*x.shape[:2], *common.shape[2:], common.shape[1])).movedim(-1, 2)
-        last = out[:, -1].copy_(common)
-        for scan in range(x.shape[1] - 1):
+        size, outputs = x.shape[3:], len(weight)
+        out = x.new_empty((len(x), groups, *size, outputs)).movedim(-1, 2)
+        common = out[:, -1]
+        convolve_joined(*parts, weight=weight, bias=bias, out=common)
+        for scan in range(groups - 1):
             for f, part in zip(inputs, parts, strict=True):
                 if scan:
                     part.add_(f[:, scan]).sub_(f[:, scan - 1])
                 else:
                     torch.sub(f[:, 0], part, out=part)
-            own = convolve_joined(*parts, weight=self.conv_b.weight / 2, bias=None)
-            torch.add(own, common, out=out[:, scan])
-            last.sub_(own)
+            own = out[:, scan]
+            convolve_joined(*parts, weight=self.conv_b.weight / 2, bias=None, out=own)
+            own.add_(common)
+        # Where what all have in common was kept is now the last scan's, since together they are as
+        # many times that.
+        common.mul_(groups)
+        for scan in range(groups - 1):
+            common.sub_(out[:, scan])
         return out
 
     def folded(self) -> tuple[Tensor, Tensor]:
@@ -176,16 +183,19 @@ class Activation(nn.Module):
 def total_over_scans(x: Tensor, /) -> Tensor:
     """Sum over the scans of (B, G, C, *size)."""
     # Scan after scan: torch's own sum over the scans takes a quarter of the U-Net's time.
-    total, *others = x.unbind(1)
-    for scan in others:
-        total = total + scan
+    first, *others = x.unbind(1)
+    if not others:
+        return first
+    total = first + others[0]
+    for scan in others[1:]:
+        total += scan
     return total
 
 
 def mean_over_scans(x: Tensor, /) -> Tensor:
     """Mean over the scans of (B, G, C, *size) as a group of one, (B, 1, C, *size)."""
     groups = x.shape[1]
-    return x if groups == 1 else total_over_scans(x)[:, None] / groups
+    return x if groups == 1 else total_over_scans(x).div_(groups)[:, None]
 
 
 def max_pool(x: Tensor, /) -> Tensor:

@@ -217,13 +217,12 @@ def rescale(x: Tensor, /, *, low: float = 0.01, high: float = 0.99) -> Tensor:
     flat = x.flatten(2)
     n = flat.shape[-1]
     # torch.quantile is limited to 2**24 elements, a 256^3 volume has that many.
-    order = flat.sort(-1).values
     bounds = []
     for q in (low, high):
         position = q * (n - 1)
-        i = int(position)
-        j = min(i + 1, n - 1)
-        bounds.append(torch.lerp(order[..., i], order[..., j], position - i))
+        below = int(position)
+        first, second = (flat.kthvalue(min(k, n)).values for k in (below + 1, below + 2))
+        bounds.append(torch.lerp(first, second, position - below))
     low_value, high_value = (b[..., None] for b in bounds)
     span = high_value - low_value
     scaled = (flat.clamp(low_value, high_value) - low_value) / torch.where(span > 0, span, 1)

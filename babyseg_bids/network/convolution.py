@@ -28,9 +28,9 @@ _PAIRS, _VALUES, _CACHE = 1024, 2**19, 8 * 2**20
 
 
 def _direct(x: Tensor) -> bool:
-    """Whether oneDNN is called directly: on a CPU, without gradients."""
+    """Whether oneDNN is called directly: in float32 on a CPU, without gradients."""
     on_cpu = x.device.type == 'cpu' and torch.backends.mkldnn.is_available()
-    return on_cpu and not torch.is_grad_enabled()
+    return on_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled()
 
 
 def convolve(

@@ -97,7 +97,7 @@ def _along_first(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | N
     """`convolve` (1, C, X, Y, Z) with a kernel 3 x 3 x 3, in half the multiplications.
 
     Four neighbours along X follow from six convolutions along Y and Z (see `_transforms`). The
-    largest rounding error was 1.4 to 2.4 times that of oneDNN's own convolution of three dimensions
+    largest rounding error was 1.4 to 2.4 times that of oneDNN's convolution of three dimensions
     (48x64x64 to 96x96x128 voxels, 32 to 96 channels).
     """
     slices = x[0].movedim(0, -1).contiguous()

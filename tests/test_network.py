@@ -24,6 +24,7 @@ from babyseg_bids.network.unet import (
     official_network,
     rescale,
 )
+from babyseg_bids.network.winograd import add_upsampled, convolve_tiles
 
 VECTORS = Path(__file__).parents[2] / 'shared' / 'vectors'
 needs_vectors = pytest.mark.skipif(not VECTORS.is_dir(), reason='no official vectors here')
@@ -57,8 +58,8 @@ def test_group_convolution_follows_its_definition(dim, scans, learning):
 @pytest.mark.parametrize('coarse', [0, 64])
 def test_a_wide_group_convolution_follows_its_definition(scans, coarse, monkeypatch):
     monkeypatch.setattr('babyseg_bids.network.convolution._VALUES', 0)
-    layer = GroupConv(3, 32 + coarse, 32)
-    x = torch.randn(1, scans, 32, 6, 10, 8)
+    layer = GroupConv(3, 40 + coarse, 32)
+    x = torch.randn(1, scans, 40, 6, 10, 8)
     below = torch.randn(1, scans, coarse, 3, 5, 4) if coarse else None
     expected = layer(x, below)
     with torch.no_grad():
@@ -261,46 +262,81 @@ def test_checkpointing_changes_no_gradient():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(('dim', 'block'), [(2, 3), (3, 5), (3, 12)])
+@pytest.mark.parametrize('dim', [2, 3])
 @pytest.mark.parametrize('add', [[], [6]])
-def test_the_official_network_in_blocks_equals_the_whole(dim, block, add, monkeypatch):
+def test_the_official_network_without_gradients_equals_the_one_with_them(dim, add, monkeypatch):
     config = {'dim': dim, 'out': 5, 'enc': [1, 4], 'dec': [4, 4], 'add': add, 'rep': 2}
     weights = GroupUNet(official_config(config)).state_dict()
     network = official_network(config, weights)
-    x = torch.rand(2, 3, *[24] * dim)
-    whole = network(x)
-    monkeypatch.setattr('babyseg_bids.network.convolution._BLOCK', block)
-    monkeypatch.setattr('babyseg_bids.network.convolution._WORTH', 0)
-    with torch.no_grad():
-        torch.testing.assert_close(network(x), whole)
-
-
-@pytest.mark.parametrize('size', [(1, 1, 1), (7, 1, 2), (3, 4, 5), (11, 12, 21)])
-def test_a_convolution_of_what_is_upsampled_follows_its_definition(size, monkeypatch):
-    torch.manual_seed(4)
-    monkeypatch.setattr('babyseg_bids.network.convolution._WORTH', 0)
-    x, coarse = torch.randn(2, 3, *[2 * n for n in size]), torch.randn(2, 6, *size)
-    weight, bias = torch.randn(4, 9, 3, 3, 3) / 15, torch.randn(4)
-    with torch.no_grad():
-        found = convolve_joined(x, coarse, weight=weight, bias=bias)
-    fine = torch.cat([x, upsample(coarse[:, None])[:, 0]], dim=1)
-    exact = torch.conv3d(fine.double(), weight.double(), bias.double(), padding=1)
-    torch.testing.assert_close(found.double(), exact, rtol=0, atol=5e-6)
-
-
-@pytest.mark.parametrize('size', [(1, 1, 1), (4, 4, 4), (5, 1, 7), (6, 7, 3), (9, 8, 5)])
-@pytest.mark.parametrize('rows', [1, 3, 100])
-@pytest.mark.parametrize('shifted', [True, False])
-def test_a_convolution_in_half_the_multiplications_follows_its_definition(
-    size, rows, shifted, monkeypatch
-):
-    torch.manual_seed(3)
-    x, weight = torch.randn(1, 32, *size), torch.randn(48, 32, 3, 3, 3) / 30
-    bias = shifted * torch.randn(48)
-    monkeypatch.setattr('babyseg_bids.network.convolution._CACHE', rows * size[2] * 80 * 6 * 4)
+    x = torch.rand(1, 3, *[24] * dim)
+    expected = network(x)
+    monkeypatch.setattr('babyseg_bids.network.convolution._PAIRS', 0)
     monkeypatch.setattr('babyseg_bids.network.convolution._VALUES', 0)
     with torch.no_grad():
-        found = convolve(x, weight, bias if shifted else None)
-    exact = torch.conv3d(x.double(), weight.double(), bias.double(), padding=1)
-    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+        torch.testing.assert_close(network(x), expected)
+
+
+@pytest.mark.parametrize('size', [(1, 1, 1), (7, 1, 2), (2, 4, 1), (3, 6, 5), (5, 9, 21)])
+def test_adding_the_convolution_of_what_is_upsampled_follows_its_definition(size):
+    torch.manual_seed(4)
+    coarse, weight = torch.randn(1, 20, *size), torch.randn(11, 20, 3, 3, 3) / 20
+    out = torch.randn(1, *(2 * n for n in size), 11).movedim(-1, 1)
+    fine = upsample(coarse[:, None])[:, 0]
+    exact = out.double() + torch.conv3d(fine.double(), weight.double(), padding=1)
+    with torch.no_grad():
+        add_upsampled(out, coarse, weight)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('scans', [1, 2])
+@pytest.mark.parametrize('values', [0, 2**40])
+def test_joining_with_what_is_upsampled_follows_its_definition(scans, values, monkeypatch):
+    torch.manual_seed(4)
+    monkeypatch.setattr('babyseg_bids.network.convolution._PAIRS', 0)
+    monkeypatch.setattr('babyseg_bids.network.convolution._VALUES', values)
+    x, coarse = torch.randn(scans, 3, 6, 14, 4), torch.randn(scans, 6, 3, 7, 2)
+    weight, bias = torch.randn(4, 9, 3, 3, 3) / 15, torch.randn(4)
+    fine = torch.cat([x, upsample(coarse[:, None])[:, 0]], dim=1)
+    exact = torch.conv3d(fine.double(), weight.double(), bias.double(), padding=1)
+    with torch.no_grad():
+        found = convolve_joined(x, coarse, weight=weight, bias=bias)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'size', [(1, 1, 1), (4, 8, 4), (5, 1, 7), (6, 7, 3), (9, 12, 5), (13, 25, 2)]
+)
+@pytest.mark.parametrize('shifted', [True, False])
+@pytest.mark.parametrize('within', [True, False])
+def test_a_convolution_in_tiles_follows_its_definition(size, shifted, within):
+    torch.manual_seed(3)
+    x, weight = torch.randn(1, 32, *size), torch.randn(48, 32, 3, 3, 3) / 30
+    bias = torch.randn(48) if shifted else None
+    wider = torch.zeros(2, 48, *size).to(memory_format=torch.channels_last_3d)
+    with torch.no_grad():
+        found = convolve_tiles(x, weight, bias, out=wider[:1] if within else None)
+    exact = torch.conv3d(
+        x.double(), weight.double(), bias.double() if shifted else None, padding=1
+    )
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-5)
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+    if within:
+        assert torch.equal(wider[:1], found)
+        assert not wider[1].any()
+
+
+def test_large_convolutions_are_done_in_tiles_where_no_gradients_are_asked_for(monkeypatch):
+    taken = []
+
+    def tiles(x, weight, bias, /, *, out=None):
+        taken.append(tuple(x.shape))
+        return convolve_tiles(x, weight, bias, out=out)
+
+    monkeypatch.setattr('babyseg_bids.network.convolution.convolve_tiles', tiles)
+    weight = torch.randn(48, 32, 3, 3, 3) / 30
+    large, small = torch.randn(1, 32, 24, 28, 26), torch.randn(1, 32, 12, 14, 12)
+    with torch.no_grad():
+        for x in (large, small, large.bfloat16()):
+            convolve(x, weight.to(x.dtype), None)
+    convolve(large, weight, None)
+    assert taken == [(1, 32, 24, 28, 26)]

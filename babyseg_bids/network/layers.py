@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from babyseg_bids.network.convolution import convolve, convolve_joined, upsampled
+from babyseg_bids.network.convolution import convolve, convolve_joined
+from babyseg_bids.network.winograd import upsampled
 
 _CONV_MODULE: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}

@@ -189,7 +189,7 @@ class GroupUNet(nn.Module):
 
 
 # The posteriors are computed for so many slices at once.
-_SLAB = 16
+_SLAB = 2
 
 
 class _Posteriors(nn.Module):
@@ -204,8 +204,9 @@ class _Posteriors(nn.Module):
         logits = self.network(rescale(x))
         if torch.is_grad_enabled():
             return logits.softmax(1)
-        for part in logits.split(_SLAB, dim=2):
-            part.copy_(part.softmax(1))
+        # Channels last, as they lie: along another dimension softmax would convert the layout.
+        for part in logits.movedim(1, -1).split(_SLAB, dim=1):
+            part.copy_(part.softmax(-1))
         return logits
 
 
